@@ -1,0 +1,52 @@
+"""Center loss for JAX: the numbers of the PyTorch module, at a cost that does not grow with the classes."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jax_centerloss._loss import center_loss as center_loss
+from jax_centerloss._loss import distance_map as distance_map
+from jax_centerloss._loss import init_centers as init_centers
+from jax_centerloss._loss import nearest_center as nearest_center
+from jax_centerloss._update import update_centers as update_centers
+
+if TYPE_CHECKING:
+    from jax_centerloss import linen as linen
+    from jax_centerloss import nnx as nnx
+    from jax_centerloss._optim import with_center_optimizer as with_center_optimizer
+    from jax_centerloss._torch import from_torch as from_torch
+    from jax_centerloss._torch import to_torch as to_torch
+
+__version__ = "0.1.0"
+
+# Imported when first used: importing the package costs no more than importing jax.
+_LAZY = {
+    "from_torch": "_torch",
+    "linen": "linen",
+    "nnx": "nnx",
+    "to_torch": "_torch",
+    "with_center_optimizer": "_optim",
+}
+
+__all__ = [
+    "center_loss",
+    "distance_map",
+    "from_torch",
+    "init_centers",
+    "linen",
+    "nearest_center",
+    "nnx",
+    "to_torch",
+    "update_centers",
+    "with_center_optimizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_LAZY[name]}")
+    return module if name == _LAZY[name] else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

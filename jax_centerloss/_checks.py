@@ -1,0 +1,156 @@
+"""What is accepted, and the words of each error. Nothing here costs anything at run time under `jit`."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+from jax.typing import ArrayLike, DTypeLike
+
+Clip = tuple[float, float] | None
+ReduceFn = Callable[..., Any] | None
+
+
+def sizes(num_classes: int, feat_dim: int) -> tuple[int, int]:
+    """The shape of a table of centers, refused where it would hold nothing."""
+    shape = operator.index(num_classes), operator.index(feat_dim)
+    for name, size in zip(("num_classes", "feat_dim"), shape, strict=True):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}.")
+    return shape
+
+
+def floating(dtype: DTypeLike, name: str) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be floating point, got {np.dtype(dtype).name}. Cast it first, for example "
+            f"`{name}.astype(jnp.float32)`."
+        )
+
+
+def table(params: Any) -> jax.Array:
+    """The one array in `params`, checked to be a `(C, D)` table of floats."""
+    leaves = jax.tree.leaves(params)
+    if len(leaves) != 1:
+        raise ValueError(
+            f"params must hold exactly one array, the (C, D) centers, got {len(leaves)} leaves in "
+            f"{jax.tree.structure(params)}. Pass the part of the tree that holds the centers, for example "
+            '`{"centers": array}` or `variables["params"]["center_loss"]`.'
+        )
+    centers = jnp.asarray(leaves[0])
+    if centers.ndim != 2 or centers.shape[0] == 0:
+        raise ValueError(
+            f"centers must have shape (C, D) with at least one class, got shape {centers.shape}."
+        )
+    floating(centers.dtype, "centers")
+    return centers
+
+
+def features(x: ArrayLike, centers: jax.Array) -> jax.Array:
+    """`x` as an array `(..., D)` of floats, D being the centers'."""
+    x = jnp.asarray(x)
+    floating(x.dtype, "x")
+    if x.ndim == 0 or x.shape[-1] != centers.shape[-1]:
+        raise ValueError(
+            f"x must have shape (..., D) with D = {centers.shape[-1]}, the feature size of the centers "
+            f"{centers.shape}, got shape {x.shape}."
+        )
+    return x
+
+
+def batch(
+    x: ArrayLike, labels: ArrayLike, where: ArrayLike | None, centers: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`x`, `labels` and the mask of the samples that count (selected, and the label not negative)."""
+    x = features(x, centers)
+    given, labels = labels, jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"labels must be integers, got {labels.dtype.name}. One-hot or soft labels become class "
+            "indices with `jnp.argmax(labels, -1)`; a mask of samples goes into `where`."
+        )
+    if labels.shape != x.shape[:-1]:
+        raise ValueError(
+            f"labels must have the leading dimensions of x, got labels {labels.shape} and x {x.shape}: "
+            f"expected labels {x.shape[:-1]}."
+        )
+    used = labels >= 0
+    if where is not None:
+        mask = jnp.asarray(where)
+        if mask.dtype != jnp.bool_:
+            raise TypeError(
+                f"where must be boolean, got {mask.dtype.name}. Compare first, for example `where=mask > 0`; "
+                "weights go onto the per-sample losses of `reduce_fn=None`."
+            )
+        if mask.shape != labels.shape:
+            raise ValueError(f"where must have the shape of labels {labels.shape}, got {mask.shape}.")
+        used = used & mask
+    _labels_in_range(given, where, labels, used, centers.shape[0])
+    return x, labels, used
+
+
+def _labels_in_range(
+    given: ArrayLike, where: ArrayLike | None, labels: jax.Array, used: jax.Array, num_classes: int
+) -> None:
+    """Refuses labels >= C: at once where their values are at hand, else under `checkify`."""
+    if _concrete(given) and _concrete(where):
+        values = np.asarray(given)
+        bad = values >= num_classes
+        if where is not None:
+            bad = bad & np.asarray(where)
+        if bad.any():
+            raise ValueError(
+                f"label {values[bad].flat[0]} is out of range for {num_classes} classes: labels go from 0 "
+                f"to {num_classes - 1}; negative ones are ignored."
+            )
+    else:
+        # In the labels' own dtype, C may not be representable; int32 always holds it.
+        wrong = jnp.where(used & out_of_range(labels, num_classes), labels, labels.dtype.type(0))
+        checkify.debug_check(
+            jnp.logical_not(jnp.any(out_of_range(wrong, num_classes))),
+            "label {label} is out of range for {num_classes} classes",
+            label=jnp.max(wrong, initial=labels.dtype.type(0)),
+            num_classes=jnp.int32(num_classes),
+        )
+
+
+def out_of_range(labels: jax.Array, num_classes: int) -> jax.Array:
+    """Where `labels >= C`, also in dtypes too narrow to hold C."""
+    if num_classes > jnp.iinfo(labels.dtype).max:
+        return jnp.zeros(labels.shape, jnp.bool_)
+    return labels >= num_classes
+
+
+def _concrete(value: ArrayLike | None) -> bool:
+    """Whether the values can be looked at here: not traced, and not spread over other processes."""
+    if isinstance(value, jax.core.Tracer):
+        return False
+    return not isinstance(value, jax.Array) or value.is_fully_addressable
+
+
+def clip_range(clip: Clip) -> None:
+    if clip is None:
+        return
+    try:
+        low, high = clip
+        ordered = bool(low <= high)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"clip must be None or a pair of floats (low, high), got {clip!r}.") from error
+    if not ordered:
+        raise ValueError(f"clip must have low <= high, got {clip!r}.")
+
+
+def reduction(reduce_fn: ReduceFn) -> None:
+    if reduce_fn is not None and reduce_fn is not jnp.mean and reduce_fn is not jnp.sum:
+        raise ValueError(
+            f"reduce_fn must be jnp.mean, jnp.sum or None (per-sample losses), got {reduce_fn!r}. "
+            "For another reduction take reduce_fn=None and reduce what comes back."
+        )
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

@@ -1,0 +1,245 @@
+"""The center loss and its relatives: pure functions of the centers and the features."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.nn.initializers import normal
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_centerloss import _checks, _table
+from jax_centerloss._checks import Clip, ReduceFn
+from jax_centerloss._table import AxisName
+
+CLIP = (1e-12, 1e12)
+_CLASS_BLOCK = 1024  # Classes that nearest_center looks at in one go.
+
+
+def init_centers(
+    key: jax.Array,
+    num_classes: int,
+    feat_dim: int,
+    *,
+    initializer: jax.nn.initializers.Initializer = normal(1.0),
+    dtype: DTypeLike = jnp.float32,
+) -> dict[str, jax.Array]:
+    """Draws one center per class.
+
+    Args:
+      key: a PRNG key.
+      num_classes: C, at least 1.
+      feat_dim: D, the size of a feature vector, at least 1.
+      initializer: draws the table; N(0, 1) by default, as in the PyTorch module.
+      dtype: floating-point dtype of the table.
+
+    Returns:
+      `{"centers": array}`, the array of shape `(C, D)`.
+
+    Raises:
+      ValueError: if a size is below 1.
+      TypeError: if a size is not an integer or `dtype` is not floating point.
+
+    Example:
+      >>> import jax, jax_centerloss
+      >>> params = jax_centerloss.init_centers(jax.random.key(0), num_classes=10, feat_dim=2)
+      >>> params["centers"].shape
+      (10, 2)
+    """
+    _checks.floating(dtype, "dtype")
+    return {"centers": initializer(key, _checks.sizes(num_classes, feat_dim), dtype)}
+
+
+def center_loss(
+    params: Any,
+    x: ArrayLike,
+    labels: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    reduce_fn: ReduceFn = jnp.mean,
+    clip: Clip = CLIP,
+    axis_name: AxisName = None,
+) -> jax.Array:
+    """Mean squared distance between each feature vector and the center of its class.
+
+    Added to softmax cross-entropy it makes features compact within each class:
+    `loss = cross_entropy + lam * center_loss(params, x, labels)`. Per sample, with `c = centers[labels]`,
+
+      `d = sum((x - c)**2)`, `loss = clamp(d, low, high) + (C - 1) * clamp(0, low, high)`
+
+    without a factor ½, and with the small constant that the PyTorch module's clamp adds for the other
+    classes. The gradient is zero where `d` leaves `[low, high]`. Only the rows of the samples' own classes
+    are read. Differences and sums are taken in float32 (float64 if an operand has it) in every dtype of `x`.
+
+    Args:
+      params: a pytree with one leaf, the `(C, D)` centers.
+      x: features `(..., D)`, floating point.
+      labels: integer classes `(...)`. Negative ones are ignored. One that is `>= C` raises where its value
+        is known; under `jit` it makes the loss and the gradient of its row of `x` NaN.
+      where: boolean `(...)`, the samples to use; all by default.
+      reduce_fn: `jnp.mean` (over the used samples; 0 if there are none), `jnp.sum`, or `None` for the
+        per-sample losses `(...)`, zero where ignored.
+      clip: the range `(low, high)` of a squared distance, or `None` for the bare distance: no clamp, no
+        constant.
+      axis_name: inside `shard_map`, `pmap` or `vmap`, the mapped axis (or axes) that the batch is spread
+        over: the mean or sum is then over the whole batch.
+
+    Returns:
+      The loss, a scalar or `(...)`, in float32 (float64 if an operand has it).
+
+    Raises:
+      ValueError: on a shape that does not fit, a known label `>= C`, another `reduce_fn`, or a bad `clip`.
+      TypeError: on features or centers that are not floating point, labels that are not integers, or a
+        `where` that is not boolean.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_centerloss
+      >>> params = {"centers": jnp.array([[0.0, 0.0], [1.0, 1.0]])}
+      >>> x = jnp.array([[3.0, 4.0], [1.0, 2.0]])
+      >>> float(jax_centerloss.center_loss(params, x, jnp.array([0, 1])))
+      13.0
+
+    References:
+      Wen et al, A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016
+      (https://doi.org/10.1007/978-3-319-46478-7_31), whose Eq. 2 has a factor ½ and a sum over the batch.
+    """
+    centers = _checks.table(params)
+    x, labels, used = _checks.batch(x, labels, where, centers)
+    _checks.reduction(reduce_fn)
+    _checks.clip_range(clip)
+    rows, known = _table.read_rows(centers, labels, x)
+    losses = own_class_losses(rows, x, known, used, clip=clip, num_classes=centers.shape[0])
+    if reduce_fn is None:
+        return losses
+    total = jnp.sum(losses)
+    if axis_name is not None:
+        total = lax.psum(total, axis_name)
+    if reduce_fn is jnp.sum:
+        return total
+    return total / jnp.maximum(count(used, axis_name), 1).astype(total.dtype)
+
+
+def count(used: jax.Array, axis_name: AxisName = None) -> jax.Array:
+    """How many samples are used, over the whole batch."""
+    number = jnp.sum(used, dtype=jnp.int32)
+    return number if axis_name is None else lax.psum(number, axis_name)
+
+
+def own_class_losses(
+    rows: jax.Array, x: jax.Array, known: jax.Array, used: jax.Array, *, clip: Clip, num_classes: int
+) -> jax.Array:
+    """Per-sample losses from the rows already read: NaN for a used label without a class, 0 if unused."""
+    dtype = _table.compute_dtype(x, rows)
+    # Masked before it is squared: a NaN in an unused row would come back through the gradient of the square.
+    difference = jnp.where(used[..., None], x.astype(dtype) - rows.astype(dtype), jnp.zeros((), dtype))
+    distance = jnp.sum(difference * difference, axis=-1)
+    # An infinite feature has to surface although the clamp would make 1e12 of it; a finite one whose square
+    # overflows is rightly clamped. NaN passes through both comparisons of the clamp by itself.
+    proper = jnp.isfinite(jnp.max(jnp.abs(difference), axis=-1)) & (known | jnp.logical_not(used))
+    distance = distance * jnp.where(proper, jnp.ones((), dtype), jnp.full((), jnp.nan, dtype))
+    if clip is not None:
+        low, high = (jnp.asarray(bound, dtype) for bound in clip)
+        # jnp.clip would halve the gradient at the ends, where the reference passes all of it.
+        distance = jnp.where(distance < low, low, jnp.where(distance > high, high, distance))
+        other = jnp.minimum(jnp.maximum(jnp.zeros((), dtype), low), high)
+        distance = distance + (num_classes - 1) * other
+    return jnp.where(used, distance, jnp.zeros((), dtype))
+
+
+def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "highest") -> jax.Array:
+    """Squared distances between each feature vector and every center.
+
+    The reference's `dist_map`: `|x|² + |c|² - 2 x·c`, one matrix product instead of a `(..., C, D)`
+    difference. Here the mean center is subtracted from both sides first, which changes no distance and
+    keeps the digits that the expansion would cancel when features lie far from the origin.
+
+    Args:
+      params: a pytree with one leaf, the `(C, D)` centers.
+      x: features `(..., D)`, floating point.
+      precision: of the matrix product. Below `"highest"`, GPUs and TPUs round the factors to 8 to 11 bits.
+
+    Returns:
+      `(..., C)` squared distances, at least 0, in float32 (float64 if an operand has it). A center that
+      is not finite makes its own column NaN and no other.
+
+    Raises:
+      ValueError: on a shape that does not fit.
+      TypeError: on features or centers that are not floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_centerloss
+      >>> centers = jnp.array([[0.0, 0.0], [3.0, 4.0]])
+      >>> jax_centerloss.distance_map(centers, jnp.zeros(2)).tolist()
+      [0.0, 25.0]
+    """
+    centers = _checks.table(params)
+    x = _checks.features(x, centers)
+    x, centers = _shifted(x, centers)
+    cross = jnp.einsum("...d,cd->...c", x, centers, precision=precision)
+    lead = (1,) * (x.ndim - 1)
+    distances = (
+        jnp.sum(x * x, -1, keepdims=True) + jnp.sum(centers * centers, -1).reshape(*lead, -1) - 2 * cross
+    )
+    # Rounding may leave a small negative; NaN stays.
+    return jnp.where(distances < 0, jnp.zeros((), distances.dtype), distances)
+
+
+def _shifted(x: jax.Array, centers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both sides less the mean center, in the computing dtype.
+
+    Any shift is exact; this one is near the centers. Weights 1 / (1 + |c|²) keep one stray center, at 1e20
+    say, from dragging the mean so far out that the others' digits drown, and leave out what is not finite.
+    """
+    dtype = _table.compute_dtype(x, centers)
+    x, centers = x.astype(dtype), centers.astype(dtype)
+    squares = jnp.sum(centers * centers, axis=-1, keepdims=True)
+    weights = jnp.where(jnp.isfinite(squares), 1 / (1 + squares), jnp.zeros((), dtype))
+    weighted = jnp.where(weights > 0, weights * centers, jnp.zeros((), dtype))
+    mean = jnp.sum(weighted, 0) / jnp.maximum(jnp.sum(weights), jnp.finfo(dtype).tiny)
+    mean = lax.stop_gradient(mean)
+    return x - mean.reshape((1,) * (x.ndim - 1) + mean.shape), centers - mean[None]
+
+
+def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
+    """The class whose center is nearest, the lowest one at a tie.
+
+    Classes are taken block by block: memory is a block of distances, at any number of classes.
+
+    Args:
+      params: a pytree with one leaf, the `(C, D)` centers.
+      x: features `(..., D)`, floating point.
+
+    Returns:
+      int32 labels `(...)`; -1 where no distance is a number (a NaN or infinite feature).
+
+    Raises:
+      ValueError: on a shape that does not fit.
+      TypeError: on features or centers that are not floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_centerloss
+      >>> centers = jnp.array([[0.0, 0.0], [3.0, 4.0]])
+      >>> jax_centerloss.nearest_center(centers, jnp.array([[1.0, 1.0], [3.0, 3.0]])).tolist()
+      [0, 1]
+    """
+    centers = _checks.table(params)
+    x = _checks.features(x, centers)
+    x, centers = _shifted(x, centers)
+    num_classes = centers.shape[0]
+    block = min(num_classes, _CLASS_BLOCK)
+
+    def look(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        # The last block slides back to fit, so it may look at some classes twice.
+        start = jnp.minimum(i * block, num_classes - block)
+        part = lax.dynamic_slice_in_dim(centers, start, block)
+        cross = jnp.einsum("...d,cd->...c", x, part, precision="highest")
+        # |x|² is the same for every class and only costs digits.
+        score = jnp.sum(part * part, -1).reshape((1,) * (x.ndim - 1) + (-1,)) - 2 * cross
+        score = jnp.where(jnp.isnan(score), jnp.full((), jnp.inf, score.dtype), score)
+        index = jnp.argmin(score, axis=-1).astype(jnp.int32)
+        value = jnp.min(score, axis=-1)
+        return jnp.where(value < best[0], value, best[0]), jnp.where(value < best[0], index + start, best[1])
+
+    best = (jnp.full(x.shape[:-1], jnp.inf, x.dtype), jnp.full(x.shape[:-1], -1, jnp.int32))
+    _, labels = lax.fori_loop(0, -(-num_classes // block), look, best)
+    return jnp.asarray(labels)

@@ -1,0 +1,85 @@
+"""The centers' own optimizer, inside the model's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+Path = tuple[str | int, ...]
+
+
+def with_center_optimizer(
+    tx: optax.GradientTransformation,
+    centers: optax.GradientTransformation | None = None,
+    *,
+    select: Callable[[Path, Any], bool] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Gives the centers their own optax chain and leaves everything else to `tx`.
+
+    The centers are the leaves below a key `"centers"`, wherever it sits in the model's tree: Flax NNX
+    modules and state, Linen params, dicts, several tables in one model.
+
+    The gradient of `cross_entropy + lam * center_loss` holds `lam`, and so would the centers' steps. Divide
+    it out, as PyTorch users do by hand: `centers=optax.chain(optax.scale(1 / lam), optax.sgd(0.5))`.
+    Clip gradients inside `tx`, not around this: the centers' gradient would enter the norm.
+
+    Args:
+      tx: the model's optimizer.
+      centers: the centers' optimizer; `optax.sgd(0.5)` by default.
+      select: `select(path, leaf)` says whether a leaf holds centers, for a model in which the key alone
+        does not tell. `path` is the tuple of the keys, attribute names and indices that lead to the leaf,
+        such as `("loss", "centers")`.
+
+    Returns:
+      An optax transformation, for `nnx.Optimizer`, `TrainState` or a loop of one's own.
+
+    Raises:
+      ValueError: on `init` and `update`, if no leaf holds centers.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jax_centerloss
+      >>> lam = 0.01
+      >>> tx = jax_centerloss.with_center_optimizer(
+      ...     optax.adam(1e-3), centers=optax.chain(optax.scale(1 / lam), optax.sgd(0.5))
+      ... )
+      >>> params = {"dense": jnp.ones((4, 2)), "loss": {"centers": jnp.zeros((10, 2))}}
+      >>> opt_state = tx.init(params)
+    """
+    chosen = _has_centers_key if select is None else select
+
+    def label(params: Any) -> Any:
+        paths = []
+
+        def one(key_path: tuple[Any, ...], leaf: Any) -> str:
+            path = _plain(key_path)
+            paths.append(path)
+            return "centers" if chosen(path, leaf) else "model"
+
+        labels = jax.tree_util.tree_map_with_path(one, params)
+        if "centers" not in jax.tree.leaves(labels):
+            found = ", ".join("/".join(map(str, path)) for path in paths) or "no parameters"
+            rule = 'is below a key "centers"' if select is None else "was picked by select"
+            raise ValueError(
+                f"no parameter {rule}: this model has {found}. Put the center loss module (or the dict from "
+                "init_centers) into the tree that is optimized, or name the centers with select."
+            )
+        return labels
+
+    own = optax.sgd(0.5) if centers is None else centers
+    return optax.partition({"centers": own, "model": tx}, label)
+
+
+def _has_centers_key(path: Path, leaf: Any) -> bool:
+    del leaf
+    return "centers" in path
+
+
+def _plain(key_path: tuple[Any, ...]) -> Path:
+    """The keys of a JAX key path, less the `.value` that NNX variables show on init but not on update."""
+    if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
+        key_path = key_path[:-1]
+    return tuple(
+        next(getattr(entry, name) for name in ("key", "name", "idx") if hasattr(entry, name))
+        for entry in key_path
+    )

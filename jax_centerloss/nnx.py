@@ -1,0 +1,75 @@
+"""Center loss as a Flax NNX module."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import normal
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_centerloss import _checks, _loss
+from jax_centerloss._checks import Clip, ReduceFn
+from jax_centerloss._table import AxisName
+
+
+class CenterLoss(nnx.Module):
+    """Holds one center per class and returns the center loss of a batch.
+
+    The module is itself a pytree with one leaf: it goes straight into `jax_centerloss.update_centers`,
+    `distance_map` and `nearest_center`, and so does its `nnx.state`.
+
+    Args:
+      num_classes: C.
+      feat_dim: D, the size of a feature vector.
+      clip: see `jax_centerloss.center_loss`.
+      reduce_fn: see `jax_centerloss.center_loss`.
+      axis_name: see `jax_centerloss.center_loss`.
+      param_dtype: dtype of the centers.
+      centers_init: draws the `(C, D)` centers; N(0, 1) by default.
+      rngs: the `params` stream draws the centers.
+
+    Raises:
+      ValueError: if a size is below 1, and what `jax_centerloss.center_loss` raises.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jax_centerloss
+      >>> center_loss = jax_centerloss.nnx.CenterLoss(10, 2, rngs=nnx.Rngs(0))
+      >>> loss = center_loss(jnp.ones((4, 2)), jnp.array([0, 1, 2, 3]))
+      >>> loss.shape
+      ()
+
+    References:
+      Wen et al, A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016
+      (https://doi.org/10.1007/978-3-319-46478-7_31).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        feat_dim: int,
+        *,
+        clip: Clip = _loss.CLIP,
+        reduce_fn: ReduceFn = jnp.mean,
+        axis_name: AxisName = None,
+        param_dtype: DTypeLike = jnp.float32,
+        centers_init: jax.nn.initializers.Initializer = normal(1.0),
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.num_classes, self.feat_dim = _checks.sizes(num_classes, feat_dim)
+        self.clip = clip
+        self.reduce_fn = reduce_fn
+        self.axis_name = axis_name
+        self.centers = nnx.Param(centers_init(rngs.params(), (num_classes, feat_dim), param_dtype))
+
+    def __call__(self, x: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
+        """The loss of features `(..., D)` with integer labels `(...)`, where `where` `(...)` is true."""
+        return _loss.center_loss(
+            self.centers,
+            x,
+            labels,
+            where=where,
+            reduce_fn=self.reduce_fn,
+            clip=self.clip,
+            axis_name=self.axis_name,
+        )
