@@ -98,21 +98,21 @@ def _labels_in_range(
     """Refuses labels >= C: at once where their values are at hand, else under `checkify`."""
     if _concrete(given) and _concrete(where):
         values = np.asarray(given)
-        bad = values >= num_classes
+        out = values >= num_classes
         if where is not None:
-            bad = bad & np.asarray(where)
-        if bad.any():
+            out = out & np.asarray(where)
+        if out.any():
             raise ValueError(
-                f"label {values[bad].flat[0]} is out of range for {num_classes} classes: labels go from 0 "
+                f"label {values[out].flat[0]} is out of range for {num_classes} classes: labels go from 0 "
                 f"to {num_classes - 1}; negative ones are ignored."
             )
-    else:
-        # In the labels' own dtype, C may not be representable; int32 always holds it.
-        wrong = jnp.where(used & out_of_range(labels, num_classes), labels, labels.dtype.type(0))
+    elif jax.__version_info__ >= (0, 8):  # Before, the check's effect could not be rematerialised.
+        bad = used & out_of_range(labels, num_classes)
+        zero = jnp.zeros((), labels.dtype)
         checkify.debug_check(
-            jnp.logical_not(jnp.any(out_of_range(wrong, num_classes))),
+            jnp.logical_not(jnp.any(bad)),
             "label {label} is out of range for {num_classes} classes",
-            label=jnp.max(wrong, initial=labels.dtype.type(0)),
+            label=jnp.max(jnp.where(bad, labels, zero), initial=zero),
             num_classes=jnp.int32(num_classes),
         )
 

@@ -130,12 +130,12 @@ def own_class_losses(
 ) -> jax.Array:
     """Per-sample losses from the rows already read: NaN for a used label without a class, 0 if unused."""
     dtype = _table.compute_dtype(x, rows)
+    x, rows = x.astype(dtype), rows.astype(dtype)
     # Masked before it is squared: a NaN in an unused row would come back through the gradient of the square.
-    difference = jnp.where(used[..., None], x.astype(dtype) - rows.astype(dtype), jnp.zeros((), dtype))
+    difference = jnp.where(used[..., None], x - rows, jnp.zeros((), dtype))
     distance = jnp.sum(difference * difference, axis=-1)
-    # An infinite feature has to surface although the clamp would make 1e12 of it; a finite one whose square
-    # overflows is rightly clamped. NaN passes through both comparisons of the clamp by itself.
-    proper = jnp.isfinite(jnp.max(jnp.abs(difference), axis=-1)) & (known | jnp.logical_not(used))
+    # Infinity, which the clamp would hide as 1e12, has to surface as NaN does, in the gradient too.
+    proper = (jnp.isfinite(distance) & known) | jnp.logical_not(used)
     distance = distance * jnp.where(proper, jnp.ones((), dtype), jnp.full((), jnp.nan, dtype))
     if clip is not None:
         low, high = (jnp.asarray(bound, dtype) for bound in clip)

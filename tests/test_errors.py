@@ -1,0 +1,142 @@
+"""Bad input: the type and the words of each error, eager and under jit."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+import jax_centerloss as jcl
+
+TABLE = np.zeros((4, 3), np.float32)
+X = np.zeros((5, 3), np.float32)
+Y = np.zeros(5, np.int32)
+BATCH_FUNCTIONS = [jcl.center_loss, jcl.update_centers]
+
+CASES = {
+    "centers of rank 1": ((TABLE[0], X, Y), {}, ValueError, r"centers must have shape \(C, D\).*\(3,\)"),
+    "zero classes": ((TABLE[:0], X, Y), {}, ValueError, r"at least one class, got shape \(0, 3\)"),
+    "integer centers": (
+        (TABLE.astype(np.int32), X, Y),
+        {},
+        TypeError,
+        "centers must be floating point, got int32",
+    ),
+    "two tables": (({"a": TABLE, "b": TABLE}, X, Y), {}, ValueError, "exactly one array.*2 leaves"),
+    "no table": (({}, X, Y), {}, ValueError, "exactly one array.*0 leaves"),
+    "feature size": ((TABLE, X[:, :2], Y), {}, ValueError, r"D = 3.*got shape \(5, 2\)"),
+    "scalar features": ((TABLE, np.float32(1), Y), {}, ValueError, r"x must have shape \(\.\.\., D\)"),
+    "integer features": (
+        (TABLE, X.astype(np.int32), Y),
+        {},
+        TypeError,
+        r"x must be floating point, got int32.*astype",
+    ),
+    "float labels": ((TABLE, X, Y.astype(np.float32)), {}, TypeError, "labels must be integers, got float32"),
+    "boolean labels": ((TABLE, X, Y.astype(bool)), {}, TypeError, "labels must be integers, got bool"),
+    "leading dimensions": (
+        (TABLE, X, Y[:4]),
+        {},
+        ValueError,
+        r"labels \(4,\) and x \(5, 3\): expected labels \(5,\)",
+    ),
+    "rank of labels": ((TABLE, X, Y[:, None]), {}, ValueError, r"labels \(5, 1\) and x \(5, 3\)"),
+    "float where": (
+        (TABLE, X, Y),
+        {"where": np.ones(5, np.float32)},
+        TypeError,
+        "where must be boolean, got float32",
+    ),
+    "shape of where": (
+        (TABLE, X, Y),
+        {"where": np.ones(4, bool)},
+        ValueError,
+        r"shape of labels \(5,\), got \(4,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("function", BATCH_FUNCTIONS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_batches(function, case, jit):
+    args, options, error, words = case
+    call = jax.jit(function) if jit else function
+    with pytest.raises(error, match=words):
+        call(*args, **options)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    ("function", "options", "words"),
+    [
+        (jcl.update_centers, {"rule": "adam"}, "rule must be one of 'paper', 'gradient', got 'adam'"),
+        (jcl.center_loss, {"reduce_fn": jnp.max}, r"jnp\.mean, jnp\.sum or None"),
+        (jcl.center_loss, {"reduce_fn": "mean"}, r"jnp\.mean, jnp\.sum or None"),
+        (jcl.center_loss, {"clip": (1.0, 0.0)}, "low <= high"),
+        (jcl.center_loss, {"clip": 1.0}, "pair of floats"),
+    ],
+)
+def test_options(function, options, words, jit):
+    def call(c, x, y):
+        return function(c, x, y, **options)
+
+    with pytest.raises(ValueError, match=words):
+        (jax.jit(call) if jit else call)(TABLE, X, Y)
+
+
+@pytest.mark.parametrize("function", [jcl.distance_map, jcl.nearest_center])
+def test_maps(function):
+    with pytest.raises(ValueError, match="D = 3"):
+        function(TABLE, X[:, :2])
+    with pytest.raises(TypeError, match="floating point"):
+        function(TABLE, X.astype(np.int32))
+
+
+@pytest.mark.parametrize("function", BATCH_FUNCTIONS)
+def test_a_known_label_without_a_class_is_named(function):
+    labels = np.array([0, 1, 7, 2, 0])
+    for bad in (labels, jnp.asarray(labels), labels.tolist()):
+        with pytest.raises(ValueError, match=r"label 7 is out of range for 4 classes: labels go from 0 to 3"):
+            function(TABLE, X, bad)
+    # Padding with a large label is fine where the mask leaves it out.
+    function(TABLE, X, labels, where=labels < 4)
+
+
+@pytest.mark.parametrize("function", BATCH_FUNCTIONS)
+def test_checkify_names_the_label(function):
+    if jax.__version_info__ < (0, 8):  # The check is left out there: under jax.checkpoint it would raise.
+        jax.jit(jax.checkpoint(function))(TABLE, X, Y)
+        return
+    check = checkify.checkify(jax.jit(function))
+    with pytest.raises(checkify.JaxRuntimeError, match="label 9 is out of range for 4 classes"):
+        check(TABLE, X, jnp.array([0, 9, 1, -1, 0]))[0].throw()
+    check(TABLE, X, jnp.array([0, 3, 1, -1, 0]))[0].throw()
+
+
+@pytest.mark.parametrize("sizes", [(0, 2), (2, 0), (-1, 2)])
+def test_sizes(sizes):
+    from flax import nnx
+
+    with pytest.raises(ValueError, match="must be at least 1"):
+        jcl.init_centers(jax.random.key(0), *sizes)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        jcl.nnx.CenterLoss(*sizes, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="must be at least 1"):
+        jcl.linen.CenterLoss(*sizes).init(jax.random.key(0), X, Y)
+    with pytest.raises(TypeError, match="floating point"):
+        jcl.init_centers(jax.random.key(0), 2, 2, dtype=jnp.int32)
+
+
+def test_import_is_light():
+    code = (
+        "import sys, jax_centerloss; print(sorted({'flax', 'optax', 'torch', 'matplotlib'} & {*sys.modules}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = jcl.nothing
+    assert {"center_loss", "nnx", "from_torch"} <= set(dir(jcl))

@@ -1,0 +1,240 @@
+"""The loss, the distances and their semantics, against closed forms in float64 NumPy."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import jax_centerloss as jcl
+
+N, C, D = 12, 5, 3
+LOW, HIGH = 1e-12, 1e12
+
+
+@pytest.fixture
+def data(rng):
+    centers = rng.normal(size=(C, D)).astype(np.float32)
+    x = rng.normal(size=(N, D)).astype(np.float32)
+    return {"centers": centers}, x, rng.integers(0, C, N)
+
+
+def squared(params, x, labels):
+    """Own-class squared distances, in float64."""
+    difference = x.astype(np.float64) - params["centers"].astype(np.float64)[labels]
+    return (difference**2).sum(-1)
+
+
+def test_value_is_the_mean_own_class_distance_with_the_references_constant(data):
+    params, x, labels = data
+    expected = squared(params, x, labels).mean()
+    np.testing.assert_allclose(jcl.center_loss(params, x, labels, clip=None), expected, rtol=1e-6)
+    wide = {"centers": np.zeros((100_000, 2), np.float32)}
+    np.testing.assert_allclose(
+        jcl.center_loss(wide, np.zeros((4, 2), np.float32), np.zeros(4, int)), 100_000 * LOW, rtol=1e-6
+    )
+
+
+def test_gradients_are_the_plain_derivative(data):
+    params, x, labels = data
+    gp, gx = jax.grad(jcl.center_loss, (0, 1))(params, x, labels)
+    pull = 2 * (x - params["centers"][labels]).astype(np.float64) / N
+    expected = np.zeros((C, D))
+    np.add.at(expected, labels, -pull)
+    np.testing.assert_allclose(gx, pull, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(gp["centers"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_first_and_second_derivatives_numerically(data):
+    params, x, labels = data
+    check_grads(lambda p, x: jcl.center_loss(p, x, labels), (params, x), order=2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (12,), (4, 3), (2, 3, 2)])
+def test_any_leading_dimensions(data, lead):
+    params, x, labels = data
+    size = int(np.prod(lead))
+    flat = jcl.center_loss(params, x[:size], labels[:size])
+    shaped = jcl.center_loss(params, x[:size].reshape(*lead, D), labels[:size].reshape(lead))
+    np.testing.assert_allclose(shaped, flat, rtol=1e-6)
+    per_sample = jcl.center_loss(
+        params, x[:size].reshape(*lead, D), labels[:size].reshape(lead), reduce_fn=None
+    )
+    assert per_sample.shape == lead
+
+
+def test_reductions_agree(data):
+    params, x, labels = data
+    each = jcl.center_loss(params, x, labels, reduce_fn=None)
+    np.testing.assert_allclose(each, squared(params, x, labels) + (C - 1) * LOW, rtol=1e-6)
+    np.testing.assert_allclose(each.sum(), jcl.center_loss(params, x, labels, reduce_fn=jnp.sum), rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["where", "negative"])
+def test_ignoring_is_slicing(data, rng, how):
+    params, x, labels = data
+    keep = rng.random(N) < 0.5
+    if how == "where":
+        args, kwargs = (x, labels), {"where": keep}
+    else:
+        args, kwargs = (x, np.where(keep, labels, -1 - labels)), {}
+    for reduce_fn in (jnp.mean, jnp.sum):
+        ignored = jax.value_and_grad(jcl.center_loss, (0, 1))(params, *args, reduce_fn=reduce_fn, **kwargs)
+        sliced = jax.value_and_grad(jcl.center_loss, (0, 1))(
+            params, x[keep], labels[keep], reduce_fn=reduce_fn
+        )
+        chex.assert_trees_all_close((ignored[0], ignored[1][0]), (sliced[0], sliced[1][0]), rtol=1e-5)
+        np.testing.assert_allclose(ignored[1][1][keep], sliced[1][1], rtol=1e-6)
+        assert not np.any(ignored[1][1][~keep])
+    each = jcl.center_loss(params, *args, reduce_fn=None, **kwargs)
+    assert not np.any(each[~keep])
+    assert np.all(each[keep] > 0)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_fully_masked_and_empty_means_are_zero(data, jit):
+    params, x, labels = data
+    loss = jax.jit(jcl.center_loss) if jit else jcl.center_loss
+    assert loss(params, x, labels, where=np.zeros(N, bool)) == 0
+    assert loss(params, x, np.full(N, -1)) == 0
+    assert loss(params, x[:0], labels[:0]) == 0
+    gx = jax.grad(loss, 1)(params, x, np.full(N, -1))
+    assert not np.any(gx)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_not_a_number_in_a_used_row_surfaces_and_in_a_masked_row_does_not(data, bad):
+    params, x, labels = data
+    x = x.copy()
+    x[3, 1] = bad
+    keep = np.arange(N) != 3
+    assert np.isnan(jcl.center_loss(params, x, labels))
+    assert np.isnan(jcl.center_loss(params, x, labels, clip=None))
+    each, pull = jax.vjp(lambda x: jcl.center_loss(params, x, labels, reduce_fn=None), x)
+    assert np.array_equal(np.isnan(each), ~keep)
+    assert np.isnan(pull(jnp.ones(N))[0][3, 1])
+    value, (gp, gx) = jax.value_and_grad(jcl.center_loss, (0, 1))(params, x, labels, where=keep)
+    np.testing.assert_allclose(value, squared(params, x, labels)[keep].mean(), rtol=1e-6)
+    assert np.all(np.isfinite(gx))
+    assert np.all(np.isfinite(gp["centers"]))
+    moved = jcl.update_centers(params, x, labels, where=keep)
+    assert np.all(np.isfinite(moved["centers"]))
+
+
+@pytest.mark.parametrize("clip", [(LOW, HIGH), None])
+def test_a_distance_that_overflows_is_never_hidden_by_the_clamp(clip):
+    # Nor is it by the reference, where infinity times the mask's zero is NaN.
+    loss = jcl.center_loss(np.zeros((2, 2), np.float32), np.full((1, 2), 1e20, np.float32), [0], clip=clip)
+    assert np.isnan(loss)
+
+
+def test_gradient_passes_on_the_closed_interval_of_the_clamp():
+    # One coordinate, so that the distance is exact: 2**2, at, inside and outside a clamp that ends there.
+    for clip, slope in [((4.0, 9.0), 4.0), ((1.0, 4.0), 4.0), ((4.1, 9.0), 0.0), ((1.0, 3.9), 0.0)]:
+        grad = jax.grad(jcl.center_loss, 1)(np.zeros((1, 1), np.float32), jnp.array([[2.0]]), [0], clip=clip)
+        np.testing.assert_allclose(grad, [[slope]])
+
+
+def test_label_without_a_class_is_nan_under_jit_and_touches_no_center(data):
+    params, x, labels = data
+    labels = labels.copy()
+    labels[5] = C
+    each, pull = jax.vjp(
+        jax.jit(lambda p, x, y: jcl.center_loss(p, x, y, reduce_fn=None)), params, x, jnp.asarray(labels)
+    )
+    gp, gx, _ = pull(jnp.ones(N))
+    others = np.arange(N) != 5
+    assert np.isnan(each[5])
+    assert np.all(np.isfinite(each[others]))
+    assert np.all(np.isnan(gx[5]))
+    assert np.all(np.isfinite(gx[others]))
+    assert np.all(np.isfinite(gp["centers"]))
+    assert np.isnan(jax.jit(jcl.center_loss)(params, x, jnp.asarray(labels)))
+    masked = jax.jit(lambda p, x, y: jcl.center_loss(p, x, y, where=y < C))(params, x, jnp.asarray(labels))
+    np.testing.assert_allclose(
+        masked, squared(params, x, np.minimum(labels, C - 1))[others].mean(), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.int32, jnp.uint32])
+def test_label_dtypes_narrower_than_the_number_of_classes(rng, dtype):
+    table = rng.normal(size=(1000, 2)).astype(np.float32)
+    labels = jnp.arange(5, dtype=dtype)
+    loss = jax.jit(jcl.center_loss)(table, table[:5] + 1, labels)
+    np.testing.assert_allclose(loss, 2.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_summed_in_float32(rng, dtype):
+    # Squares of norm 1000 overflow float16; float16 cannot hold the clamp's 1e-12.
+    centers = jnp.asarray(rng.normal(size=(C, 256)), jnp.float32)
+    x = jnp.asarray(1000 * rng.normal(size=(N, 256)) / 16, dtype)
+    labels = rng.integers(0, C, N)
+    value, grad = jax.value_and_grad(jcl.center_loss, 1)(centers, x, labels)
+    rounded = np.asarray(x.astype(jnp.float32))
+    expected = squared({"centers": np.asarray(centers)}, rounded, labels).mean()
+    assert value.dtype == jnp.float32
+    assert grad.dtype == dtype
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert np.all(np.isfinite(grad.astype(jnp.float32)))
+
+
+def test_distance_map_is_the_direct_distance_far_from_the_origin(rng):
+    base = 1000 * rng.normal(size=D)
+    centers = (base + 0.05 * rng.normal(size=(C, D))).astype(np.float32)
+    x = (base + 0.05 * rng.normal(size=(2, 4, D))).astype(np.float32)
+    difference = x.astype(np.float64)[..., None, :] - centers.astype(np.float64)
+    distances = jcl.distance_map(centers, x)
+    assert distances.shape == (2, 4, C)
+    np.testing.assert_allclose(distances, (difference**2).sum(-1), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("stray", [1e18, np.nan, np.inf])
+def test_a_stray_center_spoils_no_other_column(data, stray):
+    params, x, labels = data
+    clean = np.asarray(jcl.distance_map(params, x))
+    centers = params["centers"].copy()
+    centers[2] = stray
+    others = np.arange(C) != 2
+    np.testing.assert_allclose(
+        jcl.distance_map(centers, x)[:, others], clean[:, others], rtol=1e-4, atol=1e-5
+    )
+    nearest = jcl.nearest_center(centers, x)
+    np.testing.assert_array_equal(nearest, np.flatnonzero(others)[clean[:, others].argmin(-1)])
+    keep = labels != 2
+    np.testing.assert_allclose(
+        jcl.center_loss(centers, x, labels, where=keep), squared(params, x, labels)[keep].mean(), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("num_classes", [1, 7, 1024, 2500])
+def test_nearest_center_is_the_argmin(rng, num_classes):
+    centers = rng.normal(size=(num_classes, 4)).astype(np.float32)
+    x = rng.normal(size=(3, 5, 4)).astype(np.float32)
+    difference = x.astype(np.float64)[..., None, :] - centers.astype(np.float64)
+    np.testing.assert_array_equal(jcl.nearest_center(centers, x), (difference**2).sum(-1).argmin(-1))
+
+
+def test_nearest_center_of_a_feature_that_is_not_a_number_is_none():
+    assert jcl.nearest_center(
+        np.zeros((3, 2), np.float32), jnp.array([[jnp.nan, 0.0], [0.0, 0.0]])
+    ).tolist() == [-1, 0]
+
+
+def test_init_centers_is_standard_normal():
+    params = jcl.init_centers(jax.random.key(0), 2000, 50)
+    assert list(params) == ["centers"]
+    assert params["centers"].dtype == jnp.float32
+    np.testing.assert_allclose(params["centers"].mean(), 0, atol=4 / np.sqrt(1e5))
+    np.testing.assert_allclose(params["centers"].var(), 1, atol=4 * np.sqrt(2 / 1e5))
+    assert jcl.init_centers(jax.random.key(0), 3, 2, dtype=jnp.bfloat16)["centers"].dtype == jnp.bfloat16
+
+
+def test_forward_memory_holds_no_table():
+    n, c, d = 256, 100_000, 64
+    shapes = (
+        jax.ShapeDtypeStruct(s, t) for s, t in (((c, d), "float32"), ((n, d), "float32"), ((n,), "int32"))
+    )
+    compiled = jax.jit(jcl.center_loss).lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2 * n * d * 4 + 1024

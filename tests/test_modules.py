@@ -1,0 +1,112 @@
+"""The Flax modules: the same numbers as the functions, in both of Flax's APIs."""
+
+import itertools
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jax_centerloss as jcl
+
+C, D = 6, 4
+
+
+@pytest.fixture
+def batch(rng):
+    return (
+        rng.normal(size=(3, 5, D)).astype(np.float32),
+        rng.integers(-1, C, (3, 5)),
+        rng.random((3, 5)) < 0.7,
+    )
+
+
+def modules(**options):
+    module = jcl.nnx.CenterLoss(C, D, **options, rngs=nnx.Rngs(0))
+    return module, jcl.linen.CenterLoss(C, D, **options)
+
+
+@pytest.mark.parametrize(
+    ("clip", "reduce_fn", "param_dtype", "masked"),
+    list(
+        itertools.product(
+            [None, (1e-12, 1e12)], [jnp.mean, jnp.sum, None], [jnp.float32, jnp.bfloat16], [False, True]
+        )
+    ),
+)
+def test_nnx_and_linen_are_bit_identical(batch, clip, reduce_fn, param_dtype, masked):
+    x, labels, where = batch
+    where = where if masked else None
+    module, linen = modules(clip=clip, reduce_fn=reduce_fn, param_dtype=param_dtype)
+    centers = jax.tree.leaves(module)[0]
+    assert centers.dtype == param_dtype
+    options = {"where": where, "clip": clip, "reduce_fn": reduce_fn}
+
+    @jax.jit
+    def by_nnx(module, x):
+        return jax.vjp(lambda m, x: m(x, labels, where=where), module, x)
+
+    @jax.jit
+    def by_linen(params, x):
+        return jax.vjp(lambda p, x: linen.apply({"params": p}, x, labels, where=where), params, x)
+
+    @jax.jit
+    def by_function(centers, x):
+        return jax.vjp(lambda c, x: jcl.center_loss(c, x, labels, **options), centers, x)
+
+    value, pull = by_nnx(module, x)
+    for other, other_pull in (by_linen({"centers": centers}, x), by_function(centers, x)):
+        np.testing.assert_array_equal(value, other)
+        ones = jnp.ones_like(value)
+        for ours, theirs in zip(jax.tree.leaves(pull(ones)), jax.tree.leaves(other_pull(ones)), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_states_and_params_go_straight_into_the_functions(batch):
+    x, labels, _ = batch
+    module, linen = modules()
+    variables = linen.init(jax.random.key(1), x, labels)
+    assert variables["params"]["centers"].shape == (C, D)
+    for params in (module, nnx.state(module), variables["params"]):
+        (centers,) = jax.tree.leaves(params)
+        np.testing.assert_array_equal(jcl.center_loss(params, x, labels), jcl.center_loss(centers, x, labels))
+        np.testing.assert_array_equal(jcl.nearest_center(params, x), jcl.nearest_center(centers, x))
+        assert jcl.distance_map(params, x).shape == (3, 5, C)
+        moved = jcl.update_centers(params, x, labels)
+        assert jax.tree.structure(moved) == jax.tree.structure(params)
+        np.testing.assert_array_equal(jax.tree.leaves(moved)[0], jcl.update_centers(centers, x, labels))
+
+
+def test_initializers_and_dtypes():
+    module, linen = modules(centers_init=flax.linen.initializers.constant(2.0), param_dtype=jnp.float16)
+    params = linen.init(jax.random.key(0), jnp.ones((1, D)), jnp.zeros(1, jnp.int32))["params"]
+    for centers in (*jax.tree.leaves(module), params["centers"]):
+        assert centers.dtype == jnp.float16
+        np.testing.assert_array_equal(centers, np.full((C, D), 2, np.float16))
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.features = nnx.Linear(8, D, rngs=rngs)
+        self.center_loss = jcl.nnx.CenterLoss(C, D, rngs=rngs)
+
+
+def test_training_an_nnx_model_pulls_features_to_their_centers(rng):
+    x, labels = rng.normal(size=(64, 8)).astype(np.float32), rng.integers(0, C, 64)
+    model = Net(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, jcl.with_center_optimizer(optax.sgd(0.05)), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss_fn(model):
+            return model.center_loss(model.features(x), labels)
+
+        loss, grads = nnx.value_and_grad(loss_fn)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(50)]
+    assert losses[-1] < 0.5 * losses[0]

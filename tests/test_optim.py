@@ -1,0 +1,129 @@
+"""Which leaves are centers, and what moves them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import jax_centerloss as jcl
+
+
+def steps(tx, params, grads):
+    updates, _ = tx.update(grads, tx.init(params), params)
+    return updates
+
+
+def ones(*shape):
+    return jnp.ones(shape)
+
+
+TREES = {
+    "plain": {"dense": ones(2), "centers": ones(3, 2)},
+    "nested": {"loss": {"inner": [{"centers": ones(3, 2)}]}, "dense": (ones(2), ones(1))},
+    "several": {"a": {"centers": ones(3, 2)}, "b": {"centers": ones(5, 2)}, "dense": ones(2)},
+    "only": {"centers": ones(3, 2)},
+}
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_centers_are_found_wherever_they_sit(tree):
+    updates = steps(jcl.with_center_optimizer(optax.sgd(0.1), optax.sgd(0.7)), tree, tree)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
+        rate = 0.7 if "centers" in jax.tree_util.keystr(path) else 0.1
+        np.testing.assert_allclose(leaf, -rate * np.ones(leaf.shape), rtol=1e-6)
+
+
+def test_the_default_is_sgd_at_one_half():
+    updates = steps(jcl.with_center_optimizer(optax.sgd(0.1)), TREES["plain"], TREES["plain"])
+    np.testing.assert_allclose(updates["centers"], -0.5 * np.ones((3, 2)))
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(3, 2, rngs=rngs)
+        self.first = jcl.nnx.CenterLoss(4, 2, rngs=rngs)
+        self.second = jcl.nnx.CenterLoss(5, 2, rngs=rngs)
+
+
+def test_nnx_state_under_an_optimizer():
+    model = Net(nnx.Rngs(0))
+    before = jax.tree.map(jnp.copy, nnx.state(model))
+    tx = jcl.with_center_optimizer(optax.sgd(0.1), optax.sgd(0.7))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    moved = jax.tree.map(lambda a, b: a - b, before, nnx.state(model))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(moved):
+        rate = 0.7 if "centers" in jax.tree_util.keystr(path) else 0.1
+        np.testing.assert_allclose(leaf, rate * np.ones(leaf.shape), rtol=1e-5)
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x, labels):
+        return jcl.linen.CenterLoss(4, 2, name="center_loss")(nn.Dense(2)(x), labels)
+
+
+def test_linen_params():
+    params = LinenNet().init(jax.random.key(0), ones(1, 3), jnp.zeros(1, jnp.int32))["params"]
+    updates = steps(jcl.with_center_optimizer(optax.sgd(0.1), optax.sgd(0.7)), params, params)
+    np.testing.assert_allclose(
+        updates["center_loss"]["centers"], -0.7 * params["center_loss"]["centers"], rtol=1e-6
+    )
+    np.testing.assert_allclose(updates["Dense_0"]["kernel"], -0.1 * params["Dense_0"]["kernel"], rtol=1e-6)
+
+
+def test_select_leaves_another_layers_centers_alone():
+    params = {"rbf": {"centers": ones(7)}, "loss": {"centers": ones(3, 2)}}
+    tx = jcl.with_center_optimizer(
+        optax.sgd(0.1), optax.sgd(0.7), select=lambda path, leaf: path == ("loss", "centers")
+    )
+    updates = steps(tx, params, params)
+    np.testing.assert_allclose(updates["rbf"]["centers"], -0.1 * np.ones(7), rtol=1e-6)
+    np.testing.assert_allclose(updates["loss"]["centers"], -0.7 * np.ones((3, 2)), rtol=1e-6)
+
+
+def test_select_sees_the_same_path_under_nnx():
+    seen = set()
+
+    def select(path, leaf):
+        seen.add(path)
+        return path[0] == "second"
+
+    model = Net(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, jcl.with_center_optimizer(optax.sgd(0.1), select=select), wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    assert seen == {("dense", "kernel"), ("dense", "bias"), ("first", "centers"), ("second", "centers")}
+
+
+def test_a_model_without_centers_is_an_error():
+    with pytest.raises(ValueError, match=r'no parameter is below a key "centers".*dense/kernel'):
+        jcl.with_center_optimizer(optax.sgd(0.1)).init({"dense": {"kernel": ones(2)}})
+    with pytest.raises(ValueError, match="picked by select"):
+        jcl.with_center_optimizer(optax.sgd(0.1), select=lambda path, leaf: False).init(TREES["plain"])
+
+
+def test_the_recipe_moves_centers_the_same_at_every_lambda(rng):
+    x, labels = rng.normal(size=(32, 3)).astype(np.float32), rng.integers(0, 4, 32)
+    start = {"centers": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)}
+
+    def run(lam):
+        tx = jcl.with_center_optimizer(
+            optax.sgd(0.1), centers=optax.chain(optax.scale(1 / lam), optax.sgd(0.5))
+        )
+        params, state = start, tx.init(start)
+        for _ in range(10):
+            grads = jax.grad(lambda p: lam * jcl.center_loss(p, x, labels))(params)
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params["centers"]
+
+    expected = np.asarray(start["centers"], np.float64)
+    for _ in range(10):  # The PyTorch loop: its gradient multiplied by 1 / lam by hand, then SGD at 0.5.
+        step = np.zeros_like(expected)
+        np.add.at(step, labels, 2 * (expected[labels] - x) / len(x))
+        expected = expected - 0.5 * step
+    for lam in (1.0, 0.1, 5e-4, 1e-6):
+        np.testing.assert_allclose(run(lam), expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,72 @@
+"""The README's Python runs, and does what the README says of it."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def as_a_user():
+    """JAX's own settings, not the suite's strict ones."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def run(block):
+    """What the block defines."""
+    space = {}
+    exec(compile(BLOCKS[block], f"README block {block}", "exec"), space)
+    return space
+
+
+def lines(block):
+    return len([line for line in BLOCKS[block].splitlines() if line.strip()])
+
+
+def test_functions():
+    space = run(0)
+    assert lines(0) <= 10
+    assert space["loss"].shape == ()
+    assert space["params"]["centers"].shape == (10, 2)
+
+
+def test_training_step(rng):
+    space = run(1)
+    assert lines(1) <= 25
+    images = rng.normal(size=(64, 64)).astype(np.float32)
+    labels = rng.integers(0, 10, 64)
+    losses = [
+        float(space["train_step"](space["model"], space["optimizer"], images, labels)) for _ in range(60)
+    ]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_literal_port_and_the_recommended_form_take_the_same_steps(rng):
+    space = run(2)
+    params = space["params"]
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    literal, *_ = space["literal"](grads, params, space["state_model"], space["state_centers"])
+    updates, _ = space["tx"].update(grads, space["tx"].init(params), params)
+    jax.tree.map(np.testing.assert_allclose, literal, optax.apply_updates(params, updates))
+
+
+def test_sequences_with_padding(rng):
+    loss_fn = run(3)["loss_fn"]
+    x = rng.normal(size=(3, 7, 2)).astype(np.float32)
+    logits = rng.normal(size=(3, 7, 5)).astype(np.float32)
+    labels = rng.integers(-1, 5, (3, 7))
+    centers = rng.normal(size=(5, 2)).astype(np.float32)
+    keep = labels >= 0
+    likelihood = np.exp(logits.astype(np.float64))[keep]
+    likelihood = likelihood[np.arange(keep.sum()), labels[keep]] / likelihood.sum(-1)
+    distance = ((x[keep].astype(np.float64) - centers[labels[keep]]) ** 2).sum(-1)
+    expected = -np.log(likelihood).mean() + 0.01 * distance.mean()
+    np.testing.assert_allclose(loss_fn(centers, x, logits, labels), expected, rtol=1e-5)

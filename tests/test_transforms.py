@@ -1,0 +1,108 @@
+"""The same numbers under every JAX transformation, and over the whole batch when it is spread."""
+
+import chex
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_centerloss as jcl
+
+C, D, N = 6, 4, 16
+
+
+@pytest.fixture
+def data(rng):
+    centers = rng.normal(size=(C, D)).astype(np.float32)
+    labels = np.sort(rng.integers(-1, C, N)).astype(np.int32)  # Sorted: devices see different classes.
+    return centers, rng.normal(size=(N, D)).astype(np.float32), labels, rng.random(N) < 0.7
+
+
+def loss(c, x, y, w, **options):
+    return jcl.center_loss(c, x, y, where=w, **options)
+
+
+def test_jit_is_eager(data):
+    for function in (loss, lambda c, x, y, w: jcl.update_centers(c, x, y, where=w)):
+        chex.assert_trees_all_close(jax.jit(function)(*data), function(*data), rtol=1e-6)
+
+
+def test_vmap_is_a_loop(data):
+    c, x, y, w = data
+    split = [a.reshape(4, 4, *a.shape[1:]) for a in (x, y, w)]
+    for function in (loss, lambda c, x, y, w: jcl.update_centers(c, x, y, where=w)):
+        looped = jnp.stack([function(c, *(a[i] for a in split)) for i in range(4)])
+        np.testing.assert_allclose(jax.vmap(function, (None, 0, 0, 0))(c, *split), looped, rtol=1e-5)
+    ensemble = jnp.stack([c, 2 * c])
+    looped = jnp.stack([jax.grad(loss)(table, x, y, w) for table in ensemble])
+    vmapped = jax.vmap(jax.grad(loss), (0, None, None, None))(ensemble, x, y, w)
+    np.testing.assert_allclose(vmapped, looped, rtol=1e-5, atol=1e-6)
+
+
+def test_scan_and_remat_and_forward_mode(data):
+    c, x, y, w = data
+    grad = jax.grad(loss)(c, x, y, w)
+    np.testing.assert_allclose(jax.grad(jax.checkpoint(loss))(c, x, y, w), grad, rtol=1e-6)
+    _, tangent = jax.jvp(lambda c: loss(c, x, y, w), (c,), (jnp.ones_like(c),))
+    np.testing.assert_allclose(tangent, grad.sum(), rtol=1e-4)
+    batches = tuple(jnp.asarray(a).reshape(4, 4, *a.shape[1:]) for a in (x, y, w))
+    scanned, _ = jax.lax.scan(
+        lambda c, b: (jcl.update_centers(c, b[0], b[1], where=b[2]), None), jnp.asarray(c), batches
+    )
+    looped = c
+    for i in range(4):
+        looped = jcl.update_centers(looped, batches[0][i], batches[1][i], where=batches[2][i])
+    np.testing.assert_allclose(scanned, looped, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_inside_shard_map_means_and_counts_are_global(data, kind):
+    c, x, y, w = data
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    c, x, y, w = (
+        jax.device_put(a, NamedSharding(mesh, spec))
+        for a, spec in zip(data, (P(), P("data"), P("data"), P("data")), strict=True)
+    )
+
+    def body(c, x, y, w):
+        value, grads = jax.value_and_grad(loss)(c, x, y, w, axis_name="data")
+        total = loss(c, x, y, w, axis_name="data", reduce_fn=jnp.sum)
+        moved = [
+            jcl.update_centers(c, x, y, where=w, rule=r, axis_name="data") for r in ("paper", "gradient")
+        ]
+        return value, grads, total, moved
+
+    specs = (P(), P("data"), P("data"), P("data"))
+    value, grads, total, moved = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P()))(
+        c, x, y, w
+    )
+    expected = jax.value_and_grad(loss)(*data)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(grads, expected[1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(total, loss(*data, reduce_fn=jnp.sum), rtol=1e-6)
+    for rule, ours in zip(("paper", "gradient"), moved, strict=True):
+        np.testing.assert_allclose(ours, jcl.update_centers(*data[:3], where=data[3], rule=rule), rtol=1e-5)
+
+
+def test_named_vmap_axis(data):
+    c, x, y, w = data
+    split = [a.reshape(4, 4, *a.shape[1:]) for a in (x, y, w)]
+    values = jax.vmap(lambda x, y, w: loss(c, x, y, w, axis_name="i"), axis_name="i")(*split)
+    np.testing.assert_allclose(values, np.full(4, loss(c, x, y, w)), rtol=1e-6)
+    moved = jax.vmap(lambda x, y, w: jcl.update_centers(c, x, y, where=w, axis_name="i"), axis_name="i")(
+        *split
+    )
+    np.testing.assert_allclose(moved[0], jcl.update_centers(c, x, y, where=w), rtol=1e-5)
+
+
+def test_export_for_every_platform_with_a_symbolic_batch(data):
+    c, x, y, w = data
+    (n,) = jax.export.symbolic_shape("n")
+    shapes = [jax.ShapeDtypeStruct((C, D), jnp.float32), jax.ShapeDtypeStruct((n, D), jnp.float32)]
+    shapes += [jax.ShapeDtypeStruct((n,), jnp.int32), jax.ShapeDtypeStruct((n,), jnp.bool_)]
+    for function in (loss, jax.grad(loss, (0, 1)), lambda c, x, y, w: jcl.update_centers(c, x, y, where=w)):
+        exported = jax.export.export(jax.jit(function), platforms=["cpu", "cuda", "tpu"])(*shapes)
+        chex.assert_trees_all_close(exported.call(c, x, y, w), function(c, x, y, w), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,130 @@
+"""Moving centers by rule, against steps worked out by hand or in a float64 loop over the classes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_centerloss as jcl
+
+
+def by_hand(centers, x, labels, used, alpha, rule):
+    moved = centers.astype(np.float64).copy()
+    for j in range(len(centers)):
+        mine = used & (labels == j)
+        pull = (centers[j].astype(np.float64) - x[mine]).sum(0)
+        step = pull / (1 + mine.sum()) if rule == "paper" else 2 * pull / max(used.sum(), 1)
+        moved[j] -= alpha * step
+    return moved
+
+
+@pytest.mark.parametrize(("rule", "moved"), [("paper", 0.25), ("gradient", 0.5 * 2 / 128)])
+def test_one_sample_at_unit_offset_among_128(rule, moved):
+    centers = np.zeros((128, 1), np.float32)
+    x = np.zeros((128, 1), np.float32)
+    x[0] = 1
+    after = jcl.update_centers(centers, x, np.arange(128), alpha=0.5, rule=rule)
+    np.testing.assert_allclose(after[0], [moved], rtol=1e-6)
+    assert not np.any(after[1:])
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    # Class 0 holds samples at 2 and 4, class 1 at 8, class 2 none; the fourth sample is masked.
+    [
+        ("paper", [0.5 * 6 / 3, 10 - 0.5 * 2 / 2, 20]),
+        ("gradient", [0.5 * 2 * 6 / 3, 10 - 0.5 * 2 * 2 / 3, 20]),
+    ],
+)
+def test_duplicates_and_masks_by_hand(rule, expected):
+    centers = np.array([[0.0], [10.0], [20.0]], np.float32)
+    x = np.array([[2.0], [4.0], [8.0], [100.0]], np.float32)
+    labels = np.array([0, 0, 1, 0])
+    by_where = jcl.update_centers(centers, x, labels, rule=rule, where=np.array([True, True, True, False]))
+    by_sign = jcl.update_centers(centers, x, np.array([0, 0, 1, -3]), rule=rule)
+    np.testing.assert_allclose(by_where[:, 0], expected, rtol=1e-6)
+    np.testing.assert_array_equal(by_where, by_sign)
+
+
+@pytest.mark.parametrize("rule", ["paper", "gradient"])
+@pytest.mark.parametrize("jit", [False, True])
+def test_random_batches(rng, rule, jit):
+    centers = rng.normal(size=(20, 4)).astype(np.float32)
+    x = rng.normal(size=(6, 5, 4)).astype(np.float32)
+    labels = rng.integers(-2, 18, (6, 5))
+    where = rng.random((6, 5)) < 0.8
+
+    def update(c, x, y, w):
+        return jcl.update_centers({"centers": c}, x, y, alpha=0.3, rule=rule, where=w)["centers"]
+
+    moved = (jax.jit(update) if jit else update)(centers, x, labels, where)
+    used = (where & (labels >= 0)).reshape(-1)
+    expected = by_hand(centers, x.reshape(-1, 4), labels.reshape(-1), used, 0.3, rule)
+    np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-6)
+    untouched = ~np.isin(np.arange(20), labels.reshape(-1)[used])
+    np.testing.assert_array_equal(moved[untouched], centers[untouched])
+
+
+def test_gradient_rule_is_gradient_descent_also_where_the_clamp_cuts(rng):
+    centers = rng.normal(size=(4, 3)).astype(np.float32)
+    x = rng.normal(size=(8, 3)).astype(np.float32)
+    labels = np.arange(8) % 4
+    x[0] = 1e7  # Beyond 1e12: no gradient.
+    x[1] = centers[1]  # Below 1e-12: none either.
+    step = jax.grad(jcl.center_loss)(centers, x, labels)
+    moved = jcl.update_centers(centers, x, labels, alpha=0.7, rule="gradient")
+    np.testing.assert_allclose(moved, centers - 0.7 * step, rtol=1e-5, atol=1e-6)
+
+
+def test_a_label_without_a_class_is_left_out_under_jit(rng):
+    centers = rng.normal(size=(4, 3)).astype(np.float32)
+    x = rng.normal(size=(5, 3)).astype(np.float32)
+    for rule in ("paper", "gradient"):
+        moved = jax.jit(lambda y, rule=rule: jcl.update_centers(centers, x, y, rule=rule))(
+            jnp.array([0, 4, 1, 99, 1])
+        )
+        kept = jcl.update_centers(centers, x[[0, 2, 4]], np.array([0, 1, 1]), rule=rule)
+        np.testing.assert_allclose(moved, kept, rtol=1e-6)
+
+
+def test_bfloat16_centers_are_summed_in_float32():
+    # 1000 pulls of 1 each: bfloat16 counts and sums would stop at 256.
+    centers = jnp.zeros((1, 1), jnp.bfloat16)
+    moved = jcl.update_centers(centers, jnp.ones((1000, 1)), jnp.zeros(1000, jnp.int32), alpha=1.0)
+    assert moved.dtype == jnp.bfloat16
+    np.testing.assert_allclose(moved.astype(jnp.float32), [[1.0]], rtol=2**-8)
+
+
+def test_step_does_not_depend_on_lambda_and_tree_structure_stays(rng):
+    params = {"head": {"centers": rng.normal(size=(4, 3)).astype(np.float32)}}
+    x, labels = rng.normal(size=(8, 3)).astype(np.float32), np.arange(8) % 4
+    moved = jcl.update_centers(params, x, labels)
+    assert jax.tree.structure(moved) == jax.tree.structure(params)
+
+
+def test_empty_batch_moves_nothing(rng):
+    centers = rng.normal(size=(4, 3)).astype(np.float32)
+    for rule in ("paper", "gradient"):
+        moved = jcl.update_centers(centers, np.zeros((0, 3), np.float32), np.zeros(0, int), rule=rule)
+        np.testing.assert_array_equal(moved, centers)
+
+
+def test_after_keeps_the_write_in_place_beside_another_read():
+    c, d, n = 50_000, 16, 32
+
+    def step(centers, x, labels, other):
+        # The other read is another batch's: without `after` XLA may order it behind the write, on a copy.
+        loss = jcl.center_loss(centers, x, labels) + jnp.sum(centers.at[other].get(mode="clip"))
+        return jcl.update_centers(centers, x, labels, after=loss), loss
+
+    shape = jax.ShapeDtypeStruct
+    compiled = (
+        jax.jit(step, donate_argnums=0)
+        .lower(shape((c, d), "float32"), shape((n, d), "float32"), shape((n,), "int32"), shape((n,), "int32"))
+        .compile()
+    )
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= c * d * 4
+    assert memory.temp_size_in_bytes < c * d * 4 / 2
+    moved, _ = jax.jit(step)(jnp.zeros((c, d)), jnp.ones((n, d)), jnp.arange(n), jnp.arange(n))
+    np.testing.assert_allclose(moved[:n], 0.25, rtol=1e-6)
