@@ -1,0 +1,165 @@
+"""The digits example, run briefly: it learns, center loss compacts, bad flags are refused."""
+
+import importlib.util
+import struct
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "digits.py"
+
+
+@pytest.fixture(autouse=True)
+def as_users_run_it():
+    # optax's schedules promote int to float.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits():
+    spec = importlib.util.spec_from_file_location("digits_example", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("centers", ["rule", "optax"])
+def test_learns_and_compacts(digits, centers, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    results = digits.main(["--seeds", "1", "--epochs", "15", "--centers", centers, "--out", str(out)])
+    softmax, center = results["softmax"], results["center"]
+
+    for arm in (softmax, center):
+        (losses,) = arm["losses"]
+        assert len(losses) == 15
+        assert losses[-1] < 0.5 * losses[0]
+        assert arm["accuracy"][0] > 80
+        np.testing.assert_allclose(arm["ratio"][0], arm["own_median"][0] / arm["between"][0], rtol=1e-6)
+    assert center["ratio"][0] < 0.75 * softmax["ratio"][0]
+    assert center["nearest_mean"][0] > softmax["nearest_mean"][0]
+
+    png = (out / "digits.png").read_bytes()
+    assert results["picture"] == out / "digits.png"
+    assert png.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", png[16:24])
+    assert width > 1.5 * height > 450  # Two square panels side by side.
+
+    printed = capsys.readouterr().out
+    assert "softmax alone" in printed
+    assert "with center loss" in printed
+    for title, meaning in digits.METRICS.values():
+        assert f"{title}: {meaning}" in printed
+
+
+def test_metrics_by_hand(digits):
+    class Identity:
+        """Features are the input; its logits single out the class at position round(x)."""
+
+    def predict(model, x):
+        return x, jnp.round(x[:, 0]).astype(jnp.int32)
+
+    # Class means at 0, 1, ..., 9 on a line: 45 pairs, of mean distance (10 + 1) / 3.
+    x_train = np.stack([np.repeat(np.arange(10.0), 2), np.tile([1.0, -1.0], 10)], -1).astype(np.float32)
+    y_train = np.repeat(np.arange(10), 2).astype(np.int32)
+    x_test = np.array([[0.0, 0.25], [3.0, 0.5], [5.0, 4.0], [7.75, 0.0]], np.float32)
+    y_test = np.array([0, 3, 5, 7], np.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "predict", predict)
+        metrics, features, means = digits.evaluate(Identity(), (x_train, y_train, x_test, y_test))
+    np.testing.assert_allclose(means, np.stack([np.arange(10), np.zeros(10)], -1), atol=1e-6)
+    np.testing.assert_array_equal(features, x_test)
+    expected = {
+        "accuracy": 75.0,
+        "nearest_mean": 75.0,
+        "own_median": (0.5 + 0.75) / 2,
+        "own_mean": (0.25 + 0.5 + 4 + 0.75) / 4,
+        "between": 11 / 3,
+        "ratio": 0.625 / (11 / 3),
+    }
+    assert metrics == pytest.approx(expected, rel=1e-6)
+
+
+def test_warm_up_is_linear(digits):
+    lams = digits.lam_at(np.arange(6), 0.4, 4)
+    assert lams.dtype == np.float32
+    np.testing.assert_allclose(lams, [0.1, 0.2, 0.3, 0.4, 0.4, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(digits.lam_at(np.arange(3), 0.4, 0), [0.4] * 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("lam", [0.0, 1e-4, 0.1, 3.0])
+def test_centers_step_has_no_lam(digits, lam):
+    lam = jnp.float32(lam)
+    grads = {"centers": lam * jnp.array([[1.0, -2.0]])}
+    tx = digits.divide_by_lam()
+    step, _ = jax.jit(lambda g, lam: tx.update(g, tx.init(g), lam=lam))(grads, lam)
+    expected = [[1.0, -2.0]] if lam > 0 else [[0.0, 0.0]]
+    np.testing.assert_allclose(step["centers"], expected, rtol=1e-6)
+
+
+def test_warm_up_and_wide_features(digits, tmp_path, capsys):
+    flags = ["--quick", "--feat-dim", "3", "--centers", "optax", "--out", str(tmp_path)]
+    plain = digits.main(flags)
+    results = digits.main([*flags, "--warmup", "5"])
+    # The first epoch of the warm-up weighs the center loss least; softmax alone has none to weigh.
+    assert results["center"]["losses"][0][0] < plain["center"]["losses"][0][0]
+    assert results["softmax"]["losses"] == plain["softmax"]["losses"]
+    assert results["picture"] is None
+    assert "No picture" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_lam_zero_is_softmax_alone(digits, tmp_path):
+    flags = ["--quick", "--epochs", "1", "--feat-dim", "3", "--lam", "0", "--out", str(tmp_path)]
+    results = digits.main(flags)
+    assert results["center"] == results["softmax"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lam", "-0.1"],
+        ["--lam", "nan"],
+        ["--alpha", "inf"],
+        ["--alpha", "-1"],
+        ["--epochs", "0"],
+        ["--seeds", "0"],
+        ["--feat-dim", "0"],
+        ["--batch-size", "0"],
+        ["--batch-size", "5000"],
+        ["--lr", "0"],
+        ["--warmup", "-1"],
+        ["--warmup", "61"],
+        ["--centers", "adam"],
+        ["--out", str(SCRIPT)],  # A file, not a folder.
+        ["--unknown"],
+    ],
+    ids=" ".join,
+)
+def test_bad_flags(digits, flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        digits.main(flags)
+    assert stopped.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_help(digits, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        digits.main(["--help"])
+    assert stopped.value.code == 0
+    assert "(default: 0.1)" in capsys.readouterr().out
+
+
+def test_interrupt(digits, monkeypatch, tmp_path, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digits, "train", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        digits.main(["--quick", "--out", str(tmp_path)])
+    assert stopped.value.code == 130
+    assert "Stopped" in capsys.readouterr().err
