@@ -67,7 +67,20 @@ def with_center_optimizer(
         return labels
 
     own = optax.sgd(0.5) if centers is None else centers
-    return optax.partition({"centers": own, "model": tx}, label)
+    split = optax.partition({"centers": own, "model": tx}, label)
+
+    def init(params: Any) -> Any:
+        # Flax 0.11's nnx.Optimizer cannot read a Variable around a MaskedNode: leave the Variable out.
+        return jax.tree.map(
+            lambda node: optax.MaskedNode() if _masked(node) else node, split.init(params), is_leaf=_masked
+        )
+
+    return optax.GradientTransformationExtraArgs(init, split.update)
+
+
+def _masked(node: Any) -> bool:
+    """A Flax Variable that holds no array."""
+    return hasattr(node, "get_metadata") and not jax.tree.leaves(node)
 
 
 def _has_centers_key(path: Path, leaf: Any) -> bool:

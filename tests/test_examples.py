@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-
 SCRIPT = Path(__file__).parent.parent / "examples" / "digits.py"
 
 

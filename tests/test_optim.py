@@ -48,10 +48,11 @@ class Net(nnx.Module):
         self.second = jcl.nnx.CenterLoss(5, 2, rngs=rngs)
 
 
-def test_nnx_state_under_an_optimizer():
+@pytest.mark.parametrize("momentum", [None, 0.9])  # With a state of its own, and without.
+def test_nnx_state_under_an_optimizer(momentum):
     model = Net(nnx.Rngs(0))
     before = jax.tree.map(jnp.copy, nnx.state(model))
-    tx = jcl.with_center_optimizer(optax.sgd(0.1), optax.sgd(0.7))
+    tx = jcl.with_center_optimizer(optax.sgd(0.1, momentum), optax.sgd(0.7, momentum))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
     moved = jax.tree.map(lambda a, b: a - b, before, nnx.state(model))
