@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 from jax.typing import ArrayLike, DTypeLike
+
+from jax_centerloss._checkify import debug_check
 
 Clip = tuple[float, float] | None
 ReduceFn = Callable[..., Any] | None
@@ -88,13 +89,12 @@ def batch(
         if mask.shape != labels.shape:
             raise ValueError(f"where must have the shape of labels {labels.shape}, got {mask.shape}.")
         used = used & mask
-    _labels_in_range(given, where, labels, used, centers.shape[0])
-    return x, labels, used
+    return x, _labels_in_range(given, where, labels, used, centers.shape[0]), used
 
 
 def _labels_in_range(
     given: ArrayLike, where: ArrayLike | None, labels: jax.Array, used: jax.Array, num_classes: int
-) -> None:
+) -> jax.Array:
     """Refuses labels >= C: at once where their values are at hand, else under `checkify`."""
     if _concrete(given) and _concrete(where):
         values = np.asarray(given)
@@ -106,15 +106,14 @@ def _labels_in_range(
                 f"label {values[out].flat[0]} is out of range for {num_classes} classes: labels go from 0 "
                 f"to {num_classes - 1}; negative ones are ignored."
             )
-    elif jax.__version_info__ >= (0, 8):  # Before, the check's effect could not be rematerialised.
-        bad = used & out_of_range(labels, num_classes)
-        zero = jnp.zeros((), labels.dtype)
-        checkify.debug_check(
-            jnp.logical_not(jnp.any(bad)),
-            "label {label} is out of range for {num_classes} classes",
-            label=jnp.max(jnp.where(bad, labels, zero), initial=zero),
-            num_classes=jnp.int32(num_classes),
-        )
+        return labels
+    bad = used & out_of_range(labels, num_classes)
+    return debug_check(
+        labels,
+        jnp.logical_not(jnp.any(bad)),
+        f"label {{label}} is out of range for {num_classes} classes",
+        label=jnp.max(jnp.where(bad, labels, jnp.zeros((), labels.dtype)), initial=0),
+    )
 
 
 def out_of_range(labels: jax.Array, num_classes: int) -> jax.Array:
