@@ -275,7 +275,7 @@ def parse_args(argv: Sequence[str] | None, train_size: int) -> argparse.Namespac
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"argument --out: {error}")
+        parser.error(f"argument --out: can't make the folder {args.out}: {error.strerror}")
     return args
 
 
@@ -294,8 +294,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {arm: {name: [] for name in (*METRICS, "losses")} for arm in ARMS}
     results["picture"] = None
     panels = []
+    pause = 0.1 if sys.stderr.isatty() else 5  # A log should not fill with bars.
     try:
-        with tqdm(total=len(ARMS) * args.seeds * args.epochs, unit="epoch") as bar:
+        with tqdm(total=len(ARMS) * args.seeds * args.epochs, unit="epoch", mininterval=pause) as bar:
             for seed in range(args.seeds):
                 for arm, title in ARMS.items():
                     lam = args.lam if arm == "center" else 0.0
@@ -320,6 +321,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"\n{args.seeds} seed(s), {args.epochs} epochs, λ = {args.lam:g}, centers moved by {args.centers}\n"
     )
     print(table(results))
+    if args.quick:
+        print("\nA quick run shows that it works; it is too short to compare the two.")
     if args.feat_dim == 2:
         results["picture"] = args.out / "digits.png"
         draw(results["picture"], y_test, panels)

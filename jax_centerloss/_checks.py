@@ -34,14 +34,22 @@ def floating(dtype: DTypeLike, name: str) -> None:
 
 def table(params: Any) -> jax.Array:
     """The one array in `params`, checked to be a `(C, D)` table of floats."""
-    leaves = jax.tree.leaves(params)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
     if len(leaves) != 1:
+        found = ", ".join(jax.tree_util.keystr(path) for path, _ in leaves[:8]) or "none"
         raise ValueError(
-            f"params must hold exactly one array, the (C, D) centers, got {len(leaves)} leaves in "
-            f"{jax.tree.structure(params)}. Pass the part of the tree that holds the centers, for example "
-            '`{"centers": array}` or `variables["params"]["center_loss"]`.'
+            f"params must hold exactly one array, the (C, D) centers, got {len(leaves)} leaves: {found}"
+            f"{', ...' if len(leaves) > 8 else ''}. Pass the part of the tree that holds the centers, for "
+            'example `{"centers": array}`, `model.center_loss` or `variables["params"]["center_loss"]`.'
         )
-    centers = jnp.asarray(leaves[0])
+    leaf = leaves[0][1]
+    try:
+        centers = jnp.asarray(leaf)
+    except TypeError as error:
+        raise TypeError(
+            f"params must hold the (C, D) centers as an array, got {type(leaf).__name__}. A Linen module "
+            'holds none: pass its `variables["params"]`.'
+        ) from error
     if centers.ndim != 2 or centers.shape[0] == 0:
         raise ValueError(
             f"centers must have shape (C, D) with at least one class, got shape {centers.shape}."
@@ -76,7 +84,8 @@ def batch(
     if labels.shape != x.shape[:-1]:
         raise ValueError(
             f"labels must have the leading dimensions of x, got labels {labels.shape} and x {x.shape}: "
-            f"expected labels {x.shape[:-1]}."
+            f"expected labels {x.shape[:-1]}. One-hot labels become class indices with "
+            "`jnp.argmax(labels, -1)`, a column of labels with `labels[:, 0]`."
         )
     used = labels >= 0
     if where is not None:

@@ -20,13 +20,13 @@ def with_center_optimizer(
     The centers are the leaves below a key `"centers"`, wherever it sits in the model's tree: Flax NNX
     modules and state, Linen params, dicts, several tables in one model.
 
-    The gradient of `cross_entropy + lam * center_loss` holds `lam`, and so would the centers' steps. Divide
-    it out, as PyTorch users do by hand: `centers=optax.chain(optax.scale(1 / lam), optax.sgd(0.5))`.
+    The gradient of `cross_entropy + lam * center_loss` holds `lam`, and so do the centers' steps. Divide it
+    out, as PyTorch users do by hand: `centers=optax.chain(optax.scale(1 / lam), optax.sgd(0.5))`.
     Clip gradients inside `tx`, not around this: the centers' gradient would enter the norm.
 
     Args:
       tx: the model's optimizer.
-      centers: the centers' optimizer; `optax.sgd(0.5)` by default.
+      centers: the centers' optimizer; `optax.sgd(0.5)` by default, which leaves `lam` in.
       select: `select(path, leaf)` says whether a leaf holds centers, for a model in which the key alone
         does not tell. `path` is the tuple of the keys, attribute names and indices that lead to the leaf,
         such as `("loss", "centers")`.
@@ -35,6 +35,7 @@ def with_center_optimizer(
       An optax transformation, for `nnx.Optimizer`, `TrainState` or a loop of one's own.
 
     Raises:
+      TypeError: if `tx` or `centers` is not an optax transformation.
       ValueError: on `init` and `update`, if no leaf holds centers.
 
     Example:
@@ -58,7 +59,7 @@ def with_center_optimizer(
 
         labels = jax.tree_util.tree_map_with_path(one, params)
         if "centers" not in jax.tree.leaves(labels):
-            found = ", ".join("/".join(map(str, path)) for path in paths) or "no parameters"
+            found = ", ".join("/".join(map(str, path)) or "a bare array" for path in paths) or "no parameters"
             rule = 'is below a key "centers"' if select is None else "was picked by select"
             raise ValueError(
                 f"no parameter {rule}: this model has {found}. Put the center loss module (or the dict from "
@@ -67,6 +68,9 @@ def with_center_optimizer(
         return labels
 
     own = optax.sgd(0.5) if centers is None else centers
+    for name, given in {"tx": tx, "centers": own}.items():
+        if not (hasattr(given, "init") and hasattr(given, "update")):
+            raise TypeError(f"{name} must be an optax transformation, such as optax.sgd(0.5), got {given!r}.")
     split = optax.partition({"centers": own, "model": tx}, label)
 
     def init(params: Any) -> Any:

@@ -46,7 +46,10 @@ def from_torch(source: Source, *, key: str = "centers") -> dict[str, jax.Array]:
         )
     held = ", ".join(_describe(name, value) for name, value in source.items()) or "nothing"
     if key not in source:
-        raise KeyError(f"no {key!r} in the state dict, which holds: {held}. Name the centers with `key=`.")
+        raise KeyError(
+            f"no {key!r} in the state dict, which holds: {held}. Name the centers with `key=`, or pass the "
+            "state dict inside the checkpoint."
+        )
     try:
         array = _numpy(source[key])
     except (TypeError, ValueError, AttributeError) as error:

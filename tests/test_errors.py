@@ -96,6 +96,11 @@ def test_maps(function):
         function(TABLE, X.astype(np.int32))
 
 
+def test_a_module_that_holds_no_array_is_named():
+    with pytest.raises(TypeError, match=r"got CenterLoss\. A Linen module holds none"):
+        jcl.center_loss(jcl.linen.CenterLoss(4, 3), X, Y)
+
+
 @pytest.mark.parametrize("function", BATCH_FUNCTIONS)
 def test_a_known_label_without_a_class_is_named(function):
     labels = np.array([0, 1, 7, 2, 0])
@@ -158,6 +163,8 @@ def test_import_is_light():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
         _ = jcl.nothing
+    with pytest.raises(AttributeError, match=r"nnx\.CenterLoss and linen\.CenterLoss"):
+        _ = jcl.CenterLoss
     assert {"center_loss", "nnx", "from_torch"} <= set(dir(jcl))

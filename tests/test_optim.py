@@ -106,6 +106,13 @@ def test_a_model_without_centers_is_an_error():
         jcl.with_center_optimizer(optax.sgd(0.1), select=lambda path, leaf: False).init(TREES["plain"])
 
 
+def test_what_is_no_optimizer_is_refused():
+    with pytest.raises(TypeError, match=r"centers must be an optax transformation.*got 0\.5"):
+        jcl.with_center_optimizer(optax.sgd(0.1), 0.5)
+    with pytest.raises(ValueError, match="this model has a bare array"):
+        jcl.with_center_optimizer(optax.sgd(0.1)).init(jnp.zeros((2, 2)))
+
+
 def test_the_recipe_moves_centers_the_same_at_every_lambda(rng):
     x, labels = rng.normal(size=(32, 3)).astype(np.float32), rng.integers(0, 4, 32)
     start = {"centers": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)}

@@ -20,27 +20,39 @@ def as_a_user():
         yield
 
 
-def run(block):
+def block(word):
+    """The first block with this word in it."""
+    return next(text for text in BLOCKS if word in text)
+
+
+def run(text):
     """What the block defines."""
     space = {}
-    exec(compile(BLOCKS[block], f"README block {block}", "exec"), space)
+    exec(compile(text, "README", "exec"), space)
     return space
 
 
-def lines(block):
-    return len([line for line in BLOCKS[block].splitlines() if line.strip()])
+def lines(text):
+    return len([line for line in text.splitlines() if line.strip()])
 
 
 def test_functions():
-    space = run(0)
-    assert lines(0) <= 10
+    text = block("init_centers")
+    space = run(text)
+    assert lines(text) <= 10
     assert space["loss"].shape == ()
     assert space["params"]["centers"].shape == (10, 2)
 
 
+def test_a_label_out_of_range_is_named(capsys):
+    run(block("checkify"))
+    assert capsys.readouterr().out.startswith("label 10 is out of range for 10 classes")
+
+
 def test_training_step(rng):
-    space = run(1)
-    assert lines(1) <= 25
+    text = block("train_step")
+    space = run(text)
+    assert lines(text) <= 25
     images = rng.normal(size=(64, 64)).astype(np.float32)
     labels = rng.integers(0, 10, 64)
     losses = [
@@ -50,7 +62,7 @@ def test_training_step(rng):
 
 
 def test_the_literal_port_and_the_recommended_form_take_the_same_steps(rng):
-    space = run(2)
+    space = run(block("def literal"))
     params = space["params"]
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
     literal, *_ = space["literal"](grads, params, space["state_model"], space["state_centers"])
@@ -59,7 +71,7 @@ def test_the_literal_port_and_the_recommended_form_take_the_same_steps(rng):
 
 
 def test_sequences_with_padding(rng):
-    loss_fn = run(3)["loss_fn"]
+    loss_fn = run(block("def loss_fn(params"))["loss_fn"]
     x = rng.normal(size=(3, 7, 2)).astype(np.float32)
     logits = rng.normal(size=(3, 7, 5)).astype(np.float32)
     labels = rng.integers(-1, 5, (3, 7))
