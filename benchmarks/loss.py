@@ -1,6 +1,6 @@
 """Time of center loss with both gradients against the PyTorch reference, and the forward pass's memory.
 
-python benchmarks/loss.py            # prints the table; needs torch for the ratios
+python benchmarks/loss.py            # prints the table; needs torch
 python benchmarks/loss.py --check    # fails where a target is missed
 """
 

@@ -291,32 +291,39 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tx = make_optimizer(args, args.epochs * (len(y_train) // args.batch_size))
     epoch = make_epoch(args)
 
+    try:
+        return compare(args, data, tx, epoch)
+    except KeyboardInterrupt:
+        print("\nStopped before the end.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def compare(args: argparse.Namespace, data: Data, tx: Any, epoch: Epoch) -> dict[str, Any]:
+    """Trains every arm with every seed, prints the table and draws the picture."""
     results: dict[str, Any] = {arm: {name: [] for name in (*METRICS, "losses")} for arm in ARMS}
     results["picture"] = None
     panels = []
     pause = 0.1 if sys.stderr.isatty() else 5  # A log should not fill with bars.
-    try:
-        with tqdm(total=len(ARMS) * args.seeds * args.epochs, unit="epoch", mininterval=pause) as bar:
-            for seed in range(args.seeds):
-                for arm, title in ARMS.items():
-                    lam = args.lam if arm == "center" else 0.0
-                    model, losses = train(args, data, epoch, tx, lam=lam, seed=seed, bar=bar)
-                    metrics, features, means = evaluate(model, data)
-                    for name, value in {**metrics, "losses": losses}.items():
-                        results[arm][name].append(value)
-                    if seed == 0:
-                        marks = np.asarray(jax.tree.leaves(nnx.state(model.center_loss))[0])
-                        heading = f"{title}{f' (λ = {lam:g})' if arm == 'center' else ''}: "
-                        heading += f"{metrics['accuracy']:.1f} % of test digits right"
-                        panels.append(
-                            (heading, "learned centers", features, marks)
-                            if arm == "center"
-                            else (heading, "class means", features, means)
-                        )
-    except KeyboardInterrupt:
-        print("\nStopped before the end: no table, no picture.", file=sys.stderr)
-        raise SystemExit(130) from None
-
+    with tqdm(total=len(ARMS) * args.seeds * args.epochs, unit="epoch", mininterval=pause) as bar:
+        for seed in range(args.seeds):
+            for arm, title in ARMS.items():
+                lam = args.lam if arm == "center" else 0.0
+                model, losses = train(args, data, epoch, tx, lam=lam, seed=seed, bar=bar)
+                if not np.isfinite(losses).all():
+                    bar.close()
+                    raise SystemExit(f"{title}, seed {seed}: the loss is not finite. Lower --lr or --lam.")
+                metrics, features, means = evaluate(model, data)
+                for name, value in {**metrics, "losses": losses}.items():
+                    results[arm][name].append(value)
+                if seed == 0:
+                    marks = np.asarray(jax.tree.leaves(nnx.state(model.center_loss))[0])
+                    heading = f"{title}{f' (λ = {lam:g})' if arm == 'center' else ''}: "
+                    heading += f"{metrics['accuracy']:.1f} % of test digits right"
+                    panels.append(
+                        (heading, "learned centers", features, marks)
+                        if arm == "center"
+                        else (heading, "class means", features, means)
+                    )
     print(
         f"\n{args.seeds} seed(s), {args.epochs} epochs, λ = {args.lam:g}, centers moved by {args.centers}\n"
     )
@@ -325,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print("\nA quick run shows that it works; it is too short to compare the two.")
     if args.feat_dim == 2:
         results["picture"] = args.out / "digits.png"
-        draw(results["picture"], y_test, panels)
+        draw(results["picture"], data[3], panels)
         print(f"\nThe feature planes of seed 0: {results['picture']}")
     else:
         print(f"\nNo picture: it needs --feat-dim 2, not {args.feat_dim}.")

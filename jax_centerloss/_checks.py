@@ -24,12 +24,10 @@ def sizes(num_classes: int, feat_dim: int) -> tuple[int, int]:
     return shape
 
 
-def floating(dtype: DTypeLike, name: str) -> None:
+def floating(dtype: DTypeLike, name: str, advice: str | None = None) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"{name} must be floating point, got {np.dtype(dtype).name}. Cast it first, for example "
-            f"`{name}.astype(jnp.float32)`."
-        )
+        advice = advice or f"Cast it first, for example `{name}.astype(jnp.float32)`."
+        raise TypeError(f"{name} must be floating point, got {np.dtype(dtype).name}. {advice}")
 
 
 def table(params: Any) -> jax.Array:
@@ -50,9 +48,9 @@ def table(params: Any) -> jax.Array:
             f"params must hold the (C, D) centers as an array, got {type(leaf).__name__}. A Linen module "
             'holds none: pass its `variables["params"]`.'
         ) from error
-    if centers.ndim != 2 or centers.shape[0] == 0:
+    if centers.ndim != 2 or 0 in centers.shape:
         raise ValueError(
-            f"centers must have shape (C, D) with at least one class, got shape {centers.shape}."
+            f"centers must have shape (C, D) with at least one class and one feature, got {centers.shape}."
         )
     floating(centers.dtype, "centers")
     return centers
@@ -87,6 +85,8 @@ def batch(
             f"expected labels {x.shape[:-1]}. One-hot labels become class indices with "
             "`jnp.argmax(labels, -1)`, a column of labels with `labels[:, 0]`."
         )
+    if labels.dtype.itemsize < 4:  # Too narrow to hold every number of classes.
+        labels = labels.astype(jnp.int32)
     used = labels >= 0
     if where is not None:
         mask = jnp.asarray(where)
@@ -116,7 +116,7 @@ def _labels_in_range(
                 f"to {num_classes - 1}; negative ones are ignored."
             )
         return labels
-    bad = used & out_of_range(labels, num_classes)
+    bad = used & (labels >= num_classes)
     return debug_check(
         labels,
         jnp.logical_not(jnp.any(bad)),
@@ -125,29 +125,22 @@ def _labels_in_range(
     )
 
 
-def out_of_range(labels: jax.Array, num_classes: int) -> jax.Array:
-    """Where `labels >= C`, also in dtypes too narrow to hold C."""
-    if num_classes > jnp.iinfo(labels.dtype).max:
-        return jnp.zeros(labels.shape, jnp.bool_)
-    return labels >= num_classes
-
-
 def _concrete(value: ArrayLike | None) -> bool:
     """Whether the values can be looked at here: not traced, and not spread over other processes."""
-    if isinstance(value, jax.core.Tracer):
+    leaves = jax.tree.leaves(value)  # A list of labels may hold tracers.
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return False
-    return not isinstance(value, jax.Array) or value.is_fully_addressable
+    return all(leaf.is_fully_addressable for leaf in leaves if isinstance(leaf, jax.Array))
 
 
 def clip_range(clip: Clip) -> None:
     if clip is None:
         return
     try:
-        low, high = clip
-        ordered = bool(low <= high)
+        low, high = map(float, clip)
     except (TypeError, ValueError) as error:
         raise ValueError(f"clip must be None or a pair of floats (low, high), got {clip!r}.") from error
-    if not ordered:
+    if not low <= high:
         raise ValueError(f"clip must have low <= high, got {clip!r}.")
 
 

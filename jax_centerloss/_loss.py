@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.nn.initializers import normal
 from jax.typing import ArrayLike, DTypeLike
@@ -14,6 +15,7 @@ from jax_centerloss._table import AxisName
 
 CLIP = (1e-12, 1e12)
 _CLASS_BLOCK = 1024  # Classes that nearest_center looks at in one go.
+_SAMPLED_CLASSES = 256  # Classes from which the shift of a distance map is taken, at most.
 
 
 def init_centers(
@@ -46,7 +48,7 @@ def init_centers(
       >>> params["centers"].shape
       (10, 2)
     """
-    _checks.floating(dtype, "dtype")
+    _checks.floating(dtype, "dtype", "Centers are drawn as floats: take jnp.float32 or jnp.bfloat16, say.")
     return {"centers": initializer(key, _checks.sizes(num_classes, feat_dim), dtype)}
 
 
@@ -136,7 +138,7 @@ def own_class_losses(
     distance = jnp.sum(difference * difference, axis=-1)
     # Infinity, which the clamp would hide as 1e12, has to surface as NaN does, in the gradient too.
     proper = (jnp.isfinite(distance) & known) | jnp.logical_not(used)
-    distance = distance * jnp.where(proper, jnp.ones((), dtype), jnp.full((), jnp.nan, dtype))
+    distance = distance * jnp.where(proper, np.ones((), dtype), np.full((), np.nan, dtype))
     if clip is not None:
         low, high = (jnp.asarray(bound, dtype) for bound in clip)
         # jnp.clip would halve the gradient at the ends, where the reference passes all of it.
@@ -150,8 +152,8 @@ def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "h
     """Squared distances between each feature vector and every center.
 
     The reference's `dist_map`: `|x|² + |c|² - 2 x·c`, one matrix product instead of a `(..., C, D)`
-    difference. Here the mean center is subtracted from both sides first, which changes no distance and
-    keeps the digits that the expansion would cancel when features lie far from the origin.
+    difference. Here a point amid the centers is subtracted from both sides first, which changes no distance
+    and keeps the digits that the expansion would cancel when features lie far from the origin.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
@@ -174,7 +176,8 @@ def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "h
     """
     centers = _checks.table(params)
     x = _checks.features(x, centers)
-    x, centers = _shifted(x, centers)
+    middle = _middle(centers, _table.compute_dtype(x, centers))
+    x, centers = _less(x, middle), _less(centers, middle)
     cross = jnp.einsum("...d,cd->...c", x, centers, precision=precision)
     lead = (1,) * (x.ndim - 1)
     distances = (
@@ -184,20 +187,27 @@ def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "h
     return jnp.where(distances < 0, jnp.zeros((), distances.dtype), distances)
 
 
-def _shifted(x: jax.Array, centers: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both sides less the mean center, in the computing dtype.
+def _middle(centers: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """A point `(D,)` amid the centers, by which both sides of a distance are shifted.
 
-    Any shift is exact; this one is near the centers. Weights 1 / (1 + |c|²) keep one stray center, at 1e20
-    say, from dragging the mean so far out that the others' digits drown, and leave out what is not finite.
+    Any shift is exact; this one keeps the digits where most centers are. The plain mean would not: one stray
+    center drags it away. So it is a mean over some of the centers in which those farther from it than half
+    of them weigh less, and those that are not finite nothing.
     """
-    dtype = _table.compute_dtype(x, centers)
-    x, centers = x.astype(dtype), centers.astype(dtype)
-    squares = jnp.sum(centers * centers, axis=-1, keepdims=True)
-    weights = jnp.where(jnp.isfinite(squares), 1 / (1 + squares), jnp.zeros((), dtype))
-    weighted = jnp.where(weights > 0, weights * centers, jnp.zeros((), dtype))
-    mean = jnp.sum(weighted, 0) / jnp.maximum(jnp.sum(weights), jnp.finfo(dtype).tiny)
-    mean = lax.stop_gradient(mean)
-    return x - mean.reshape((1,) * (x.ndim - 1) + mean.shape), centers - mean[None]
+    some = lax.stop_gradient(centers)[:: -(-centers.shape[0] // _SAMPLED_CLASSES)].astype(dtype)
+    middle = jnp.zeros(centers.shape[1], dtype)
+    for _ in range(5):
+        difference = some - middle[None]
+        away = jnp.sqrt(jnp.sum(difference * difference, axis=-1))
+        away = jnp.where(jnp.isfinite(away), away, jnp.full((), jnp.inf, dtype))
+        weights = 1 / jnp.maximum(jnp.maximum(away, jnp.median(away)), jnp.finfo(dtype).tiny)
+        weighted = jnp.where(weights[:, None] > 0, weights[:, None] * some, jnp.zeros((), dtype))
+        middle = jnp.sum(weighted, 0) / jnp.maximum(jnp.sum(weights), jnp.finfo(dtype).tiny)
+    return middle
+
+
+def _less(x: jax.Array, middle: jax.Array) -> jax.Array:
+    return x.astype(middle.dtype) - middle.reshape((1,) * (x.ndim - 1) + middle.shape)
 
 
 def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
@@ -224,14 +234,15 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
     """
     centers = _checks.table(params)
     x = _checks.features(x, centers)
-    x, centers = _shifted(x, centers)
+    middle = _middle(centers, _table.compute_dtype(x, centers))
+    x = _less(x, middle)
     num_classes = centers.shape[0]
     block = min(num_classes, _CLASS_BLOCK)
 
-    def look(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def look(i: ArrayLike, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         # The last block slides back to fit, so it may look at some classes twice.
-        start = jnp.minimum(i * block, num_classes - block)
-        part = lax.dynamic_slice_in_dim(centers, start, block)
+        start = jnp.minimum(jnp.asarray(i, jnp.int32) * block, num_classes - block)
+        part = _less(lax.dynamic_slice_in_dim(centers, start, block), middle)
         cross = jnp.einsum("...d,cd->...c", x, part, precision="highest")
         # |x|² is the same for every class and only costs digits.
         score = jnp.sum(part * part, -1).reshape((1,) * (x.ndim - 1) + (-1,)) - 2 * cross
@@ -240,6 +251,7 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
         value = jnp.min(score, axis=-1)
         return jnp.where(value < best[0], value, best[0]), jnp.where(value < best[0], index + start, best[1])
 
-    best = (jnp.full(x.shape[:-1], jnp.inf, x.dtype), jnp.full(x.shape[:-1], -1, jnp.int32))
-    _, labels = lax.fori_loop(0, -(-num_classes // block), look, best)
+    none = jnp.full(x.shape[:-1], jnp.inf, x.dtype), jnp.full(x.shape[:-1], -1, jnp.int32)
+    # The first block stands outside: inside shard_map it settles over which axes the result varies.
+    _, labels = lax.fori_loop(1, -(-num_classes // block), look, look(0, none))
     return jnp.asarray(labels)

@@ -74,17 +74,22 @@ def with_center_optimizer(
     split = optax.partition({"centers": own, "model": tx}, label)
 
     def init(params: Any) -> Any:
-        # Flax 0.11's nnx.Optimizer cannot read a Variable around a MaskedNode: leave the Variable out.
-        return jax.tree.map(
-            lambda node: optax.MaskedNode() if _masked(node) else node, split.init(params), is_leaf=_masked
-        )
+        return split.init(_bare(params))
 
-    return optax.GradientTransformationExtraArgs(init, split.update)
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        moved, state = split.update(_bare(updates), state, _bare(params), **extra)
+        return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(moved)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _masked(node: Any) -> bool:
-    """A Flax Variable that holds no array."""
-    return hasattr(node, "get_metadata") and not jax.tree.leaves(node)
+def _bare(tree: Any) -> Any:
+    """The tree with the arrays in place of Flax's Variables, which can't stand around a masked leaf."""
+
+    def variable(node: Any) -> bool:
+        return hasattr(node, "get_metadata")
+
+    return jax.tree.map(lambda n: jax.tree.leaves(n)[0] if variable(n) else n, tree, is_leaf=variable)
 
 
 def _has_centers_key(path: Path, leaf: Any) -> bool:
@@ -93,9 +98,7 @@ def _has_centers_key(path: Path, leaf: Any) -> bool:
 
 
 def _plain(key_path: tuple[Any, ...]) -> Path:
-    """The keys of a JAX key path, less the `.value` that NNX variables show on init but not on update."""
-    if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
-        key_path = key_path[:-1]
+    """The keys, attribute names and indices of a JAX key path."""
     return tuple(
         next(getattr(entry, name) for name in ("key", "name", "idx") if hasattr(entry, name))
         for entry in key_path

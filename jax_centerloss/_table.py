@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_centerloss import _checks
-
 AxisName = Hashable | None
 
 
@@ -24,9 +22,7 @@ def read_rows(centers: jax.Array, labels: jax.Array, like: jax.Array) -> tuple[j
     A label without a class reads zeros, and no gradient goes back to any row. `like` gives the placement.
     """
     num_classes = centers.shape[0]
-    known = (labels >= 0) & jnp.logical_not(_checks.out_of_range(labels, num_classes))
-    if labels.dtype.itemsize < 4:
-        labels = labels.astype(jnp.int32)
+    known = (labels >= 0) & (labels < num_classes)
     rows = centers.at[jnp.clip(labels, 0, num_classes - 1)].get(
         mode="promise_in_bounds", out_sharding=jax.typeof(like).sharding
     )
@@ -64,7 +60,7 @@ def write_rows(
 ) -> jax.Array:
     """`centers` with `rows` at the labels of the samples that are `chosen`, each class at most once."""
     target = jnp.where(chosen & _always(after), labels, centers.shape[0])
-    return centers.at[target].set(rows.astype(centers.dtype), mode="drop", unique_indices=False)
+    return centers.at[target].set(rows.astype(centers.dtype), mode="drop")
 
 
 def _always(after: Any) -> jax.Array:

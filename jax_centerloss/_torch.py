@@ -10,6 +10,8 @@ import numpy as np
 
 from jax_centerloss import _checks
 
+_SHOWN = 50  # Tensors that an error lists.
+
 Source = Mapping[str, Any] | str | os.PathLike[str]
 
 
@@ -38,13 +40,15 @@ def from_torch(source: Source, *, key: str = "centers") -> dict[str, jax.Array]:
       (10, 2)
     """
     if isinstance(source, str | os.PathLike):
-        source = _load(os.fspath(source))
+        source = _load(os.fspath(source), key)
     if not isinstance(source, Mapping):
         raise TypeError(
             f"source must be a mapping or the path of a file, got {type(source).__name__}. For a module pass "
             "`module.state_dict()`."
         )
-    held = ", ".join(_describe(name, value) for name, value in source.items()) or "nothing"
+    held = ", ".join(_describe(name, value) for name, value in [*source.items()][:_SHOWN]) or "nothing"
+    if len(source) > _SHOWN:
+        held += f" and {len(source) - _SHOWN} more"
     if key not in source:
         raise KeyError(
             f"no {key!r} in the state dict, which holds: {held}. Name the centers with `key=`, or pass the "
@@ -90,17 +94,28 @@ def to_torch(params: Any) -> dict[str, Any]:
     return {"centers": tensor.bfloat16() if centers.dtype == jnp.bfloat16 else tensor}
 
 
-def _load(path: str) -> Any:
+def _load(path: str, key: str) -> Any:
     ending = os.path.splitext(path)[1].lower()
     if ending in (".pt", ".pth"):
         import torch
 
         return torch.load(path, map_location="cpu", weights_only=True)
     if ending == ".safetensors":
-        from safetensors.numpy import load_file
+        from safetensors import safe_open
 
-        return load_file(path)
+        with safe_open(path, framework="numpy") as file:
+            # The others are only described: they may be large, or of a dtype that NumPy has not.
+            names = file.keys()
+            return {name: file.get_tensor(name) if name == key else _Described(file, name) for name in names}
     raise ValueError(f"the file must end in .pt, .pth or .safetensors, got {path!r}.")
+
+
+class _Described:
+    """Shape and dtype of a tensor that was not read."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        part = file.get_slice(name)
+        self.shape, self.dtype = part.get_shape(), part.get_dtype()
 
 
 def _describe(name: str, value: Any) -> str:

@@ -30,7 +30,7 @@ def update_centers(
       `"paper"`: `c_j - alpha * sum(c_j - x) / (1 + n_j)`, the paper's Eq. 4;
       `"gradient"`: `c_j - alpha * 2 * sum(c_j - x) / N`, plain gradient descent on `center_loss`.
 
-    Call it with the features of the step, `jax.lax.stop_gradient` is not needed. Under `jit`, donate the
+    Call it with the features of the step; `jax.lax.stop_gradient` is not needed. Under `jit`, donate the
     centers so that they are written in place.
 
     Args:

@@ -6,7 +6,7 @@ from flax import linen as nn
 from jax.nn.initializers import normal
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _checks, _loss
+from jax_centerloss import _loss
 from jax_centerloss._checks import Clip, ReduceFn
 from jax_centerloss._table import AxisName
 
@@ -54,8 +54,14 @@ class CenterLoss(nn.Module):
     @nn.compact
     def __call__(self, x: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
         """The loss of features `(..., D)` with integer labels `(...)`, where `where` `(...)` is true."""
-        shape = _checks.sizes(self.num_classes, self.feat_dim)
-        centers = self.param("centers", self.centers_init, shape, self.param_dtype)
+
+        def draw(key: jax.Array) -> jax.Array:
+            sizes = self.num_classes, self.feat_dim
+            return _loss.init_centers(key, *sizes, initializer=self.centers_init, dtype=self.param_dtype)[
+                "centers"
+            ]
+
+        centers = self.param("centers", draw)
         return _loss.center_loss(
             centers,
             x,
@@ -63,5 +69,5 @@ class CenterLoss(nn.Module):
             where=where,
             reduce_fn=self.reduce_fn,
             clip=self.clip,
-            axis_name=self.axis_name,
+            axis_name=None if self.is_initializing() else self.axis_name,
         )

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.nn.initializers import normal
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _checks, _loss
+from jax_centerloss import _loss
 from jax_centerloss._checks import Clip, ReduceFn
 from jax_centerloss._table import AxisName
 
@@ -56,11 +56,15 @@ class CenterLoss(nnx.Module):
         centers_init: jax.nn.initializers.Initializer = normal(1.0),
         rngs: nnx.Rngs,
     ) -> None:
-        self.num_classes, self.feat_dim = _checks.sizes(num_classes, feat_dim)
+        self.num_classes = num_classes
+        self.feat_dim = feat_dim
         self.clip = clip
         self.reduce_fn = reduce_fn
         self.axis_name = axis_name
-        self.centers = nnx.Param(centers_init(rngs.params(), (num_classes, feat_dim), param_dtype))
+        drawn = _loss.init_centers(
+            rngs.params(), num_classes, feat_dim, initializer=centers_init, dtype=param_dtype
+        )
+        self.centers = nnx.Param(drawn["centers"])
 
     def __call__(self, x: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
         """The loss of features `(..., D)` with integer labels `(...)`, where `where` `(...)` is true."""

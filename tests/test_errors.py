@@ -18,7 +18,8 @@ BATCH_FUNCTIONS = [jcl.center_loss, jcl.update_centers]
 
 CASES = {
     "centers of rank 1": ((TABLE[0], X, Y), {}, ValueError, r"centers must have shape \(C, D\).*\(3,\)"),
-    "zero classes": ((TABLE[:0], X, Y), {}, ValueError, r"at least one class, got shape \(0, 3\)"),
+    "zero classes": ((TABLE[:0], X, Y), {}, ValueError, r"at least one class and one feature, got \(0, 3\)"),
+    "no features": ((TABLE[:, :0], X[:, :0], Y), {}, ValueError, r"one feature, got \(4, 0\)"),
     "integer centers": (
         (TABLE.astype(np.int32), X, Y),
         {},
@@ -153,8 +154,12 @@ def test_sizes(sizes):
         jcl.nnx.CenterLoss(*sizes, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="must be at least 1"):
         jcl.linen.CenterLoss(*sizes).init(jax.random.key(0), X, Y)
-    with pytest.raises(TypeError, match="floating point"):
+    with pytest.raises(TypeError, match=r"dtype must be floating point, got int32\. Centers are drawn"):
         jcl.init_centers(jax.random.key(0), 2, 2, dtype=jnp.int32)
+    with pytest.raises(TypeError, match="dtype must be floating point, got int32"):
+        jcl.nnx.CenterLoss(2, 2, param_dtype=jnp.int32, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="dtype must be floating point, got int32"):
+        jcl.linen.CenterLoss(2, 2, param_dtype=jnp.int32).init(jax.random.key(0), X, Y)
 
 
 def test_import_is_light():

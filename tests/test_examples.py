@@ -153,6 +153,11 @@ def test_help(digits, capsys):
     assert "(default: 0.1)" in capsys.readouterr().out
 
 
+def test_divergence_is_named(digits, tmp_path):
+    with pytest.raises(SystemExit, match=r"the loss is not finite\. Lower --lr or --lam\."):
+        digits.main(["--quick", "--lr", "100", "--out", str(tmp_path)])
+
+
 def test_interrupt(digits, monkeypatch, tmp_path, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -208,6 +208,30 @@ def test_a_stray_center_spoils_no_other_column(data, stray):
     )
 
 
+@pytest.mark.parametrize("unseen", [1, 10])
+def test_centers_still_near_the_origin_cost_the_others_no_digits(rng, unseen):
+    centers = (100 + 0.01 * rng.normal(size=(100, 8))).astype(np.float32)
+    centers[-unseen:] = rng.normal(size=(unseen, 8))
+    x = centers[:-unseen] + (0.001 * rng.normal(size=(100 - unseen, 8))).astype(np.float32)
+    difference = x.astype(np.float64)[:, None] - centers.astype(np.float64)
+    np.testing.assert_allclose(jcl.distance_map(centers, x), (difference**2).sum(-1), rtol=1e-4, atol=1e-9)
+    np.testing.assert_array_equal(jcl.nearest_center(centers, x), np.arange(100 - unseen))
+
+
+def test_distances_are_never_negative(rng):
+    centers = rng.normal(size=(50, 64)).astype(np.float32)
+    assert np.all(jcl.distance_map(centers, centers) >= 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_nearest_center_holds_a_block_of_distances_and_no_table(dtype):
+    shapes = jax.ShapeDtypeStruct((1_000_000, 8), dtype), jax.ShapeDtypeStruct((64, 8), jnp.float32)
+    used = jax.jit(jcl.nearest_center).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    # XLA on CPUs computes on bfloat16 by converting what a loop reads, here the table, beforehand.
+    table = 0 if dtype == jnp.float32 else 1_000_000 * 8 * 4
+    assert used < table + 4 * 64 * 1024 * 4
+
+
 @pytest.mark.parametrize("num_classes", [1, 7, 1024, 2500])
 def test_nearest_center_is_the_argmin(rng, num_classes):
     centers = rng.normal(size=(num_classes, 4)).astype(np.float32)

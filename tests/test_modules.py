@@ -88,6 +88,12 @@ def test_initializers_and_dtypes():
         np.testing.assert_array_equal(centers, np.full((C, D), 2, np.float16))
 
 
+def test_linen_initializes_outside_its_mapped_axis():
+    module = jcl.linen.CenterLoss(C, D, axis_name="data")
+    variables = module.init(jax.random.key(0), jnp.ones((1, D)), jnp.zeros(1, jnp.int32))
+    assert variables["params"]["centers"].shape == (C, D)
+
+
 class Net(nnx.Module):
     def __init__(self, rngs):
         self.features = nnx.Linear(8, D, rngs=rngs)

@@ -106,6 +106,32 @@ def test_a_model_without_centers_is_an_error():
         jcl.with_center_optimizer(optax.sgd(0.1), select=lambda path, leaf: False).init(TREES["plain"])
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        optax.sgd(0.5, momentum=0.9),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)),
+        optax.inject_hyperparams(optax.sgd)(learning_rate=0.5, momentum=0.9),
+    ],
+    ids=["momentum", "clip and adam", "injected"],
+)
+@jax.numpy_dtype_promotion("standard")  # optax's bias correction promotes.
+def test_nnx_state_in_a_loop_of_ones_own(rng, own):
+    # The same chain by itself on the bare table takes the same steps.
+    _, params = nnx.split(jcl.nnx.CenterLoss(4, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    tx = jcl.with_center_optimizer(optax.adam(0.1), own)
+    state = tx.init(params)
+    alone = jax.tree.leaves(params)[0]
+    alone_state = own.init(alone)
+    for _ in range(3):
+        gradient = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+        updates, state = tx.update(jax.tree.map(lambda _: gradient, params), state, params)  # noqa: B023
+        params = optax.apply_updates(params, updates)
+        updates, alone_state = own.update(gradient, alone_state, alone)
+        alone = optax.apply_updates(alone, updates)
+    np.testing.assert_array_equal(jax.tree.leaves(params)[0], alone)
+
+
 def test_what_is_no_optimizer_is_refused():
     with pytest.raises(TypeError, match=r"centers must be an optax transformation.*got 0\.5"):
         jcl.with_center_optimizer(optax.sgd(0.1), 0.5)

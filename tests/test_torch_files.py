@@ -1,6 +1,7 @@
 """Centers from and to PyTorch. What needs torch itself runs where it is installed; CI requires it."""
 
 import importlib.util
+import json
 import os
 import zipfile
 
@@ -34,6 +35,26 @@ def test_what_comes_in_is_a_copy():
     params = jcl.from_torch({"centers": source})
     source[:] = 0
     np.testing.assert_array_equal(params["centers"], TABLE)
+
+
+def test_only_the_centers_of_a_file_are_read(tmp_path):
+    # One tensor has a dtype that NumPy has not, as a header written by hand: 8 bytes of length, then JSON.
+    header = json.dumps(
+        {
+            "half": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]},
+            "centers": {"dtype": "F32", "shape": [3, 2], "data_offsets": [4, 28]},
+        }
+    ).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4) + TABLE.tobytes())
+    np.testing.assert_array_equal(jcl.from_torch(path)["centers"], TABLE)
+    with pytest.raises(KeyError, match=r"holds: (.*, )?half \(4,\) F8_E4M3"):
+        jcl.from_torch(path, key="other")
+
+
+def test_a_long_state_dict_is_not_listed_whole():
+    with pytest.raises(KeyError, match=r"layer49 \(1,\) float64 and 50 more"):
+        jcl.from_torch({f"layer{i}": np.zeros(1) for i in range(100)})
 
 
 def test_errors_say_what_the_file_holds(tmp_path):

@@ -87,6 +87,43 @@ def test_inside_shard_map_means_and_counts_are_global(data, kind):
         np.testing.assert_allclose(ours, jcl.update_centers(*data[:3], where=data[3], rule=rule), rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_batch_sharded_under_jit(data, kind):
+    c, x, y, w = data
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    placed = jax.device_put((c, x, y, w), (whole, split, split, split))
+    chex.assert_trees_all_close(
+        jax.jit(jax.value_and_grad(loss))(*placed), jax.value_and_grad(loss)(*data), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_nearest_center_inside_shard_map(rng):
+    centers = rng.normal(size=(2500, 4)).astype(np.float32)
+    x = rng.normal(size=(16, 4)).astype(np.float32)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    nearest = jax.shard_map(jcl.nearest_center, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+    np.testing.assert_array_equal(jax.jit(nearest)(centers, x), jcl.nearest_center(centers, x))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_clean_batch_under_debug_nans(data, jit):
+    wrap = jax.jit if jit else lambda function: function
+    with jax.debug_nans(True):
+        wrap(jax.value_and_grad(loss))(*data)
+        wrap(lambda c, x, y, w: jcl.update_centers(c, x, y, where=w))(*data)
+        wrap(jcl.nearest_center)(*data[:2])
+        wrap(jcl.distance_map)(*data[:2])
+
+
+@pytest.mark.parametrize("function", [jcl.center_loss, jcl.update_centers])
+def test_lists_of_labels_under_jit(data, function):
+    c, x, _, _ = data
+    np.testing.assert_allclose(
+        jax.jit(function)(c, x[:2], [0, 3]), function(c, x[:2], np.array([0, 3])), rtol=1e-6
+    )
+
+
 def test_named_vmap_axis(data):
     c, x, y, w = data
     split = [a.reshape(4, 4, *a.shape[1:]) for a in (x, y, w)]

@@ -76,6 +76,21 @@ def test_gradient_rule_is_gradient_descent_also_where_the_clamp_cuts(rng):
     np.testing.assert_allclose(moved, centers - 0.7 * step, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("offset", [1e-9, 1e8])
+def test_the_papers_rule_knows_no_clamp(offset):
+    moved = jcl.update_centers(np.zeros((1, 1), np.float32), np.full((1, 1), offset, np.float32), [0])
+    np.testing.assert_allclose(moved, [[0.25 * offset]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16])
+def test_labels_too_narrow_for_the_number_of_classes(rng, dtype):
+    centers = rng.normal(size=(40_000, 2)).astype(np.float32)
+    x, labels, where = np.ones((5, 2), np.float32), np.array([7, 9, 7, 100, 9], dtype), np.arange(5) < 4
+    moved = np.asarray(jcl.update_centers(centers, x, labels, where=where))
+    np.testing.assert_allclose(moved, by_hand(centers, x, labels, where, 0.5, "paper"), rtol=1e-6)
+    assert np.flatnonzero((moved != centers).any(1)).tolist() == [7, 9, 100]
+
+
 def test_a_label_without_a_class_is_left_out_under_jit(rng):
     centers = rng.normal(size=(4, 3)).astype(np.float32)
     x = rng.normal(size=(5, 3)).astype(np.float32)
