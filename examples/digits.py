@@ -149,7 +149,7 @@ def train(
         steps = np.arange(i * batches, (i + 1) * batches)
         state, loss = epoch(graphdef, state, x, y, order, lam_at(steps, lam, args.warmup * batches))
         losses.append(float(loss))
-        bar.set_postfix(seed=seed, lam=lam, loss=f"{losses[-1]:.3f}")
+        bar.set_postfix(seed=seed, lam=lam, loss=f"{losses[-1]:.3f}", refresh=False)
         bar.update()
     model, _ = nnx.merge(graphdef, state)
     return model, losses

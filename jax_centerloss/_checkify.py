@@ -2,7 +2,7 @@
 
 `checkify.debug_check` vanishes from the compiled code too, but its effect stays on the program, and JAX runs
 programs with effects outside its fast dispatch: some 0.1 ms on every call of the user's training step, and
-an error under `remat` before JAX 0.8. Here the check sits in the jaxpr of a call without effects, which
+an error under `remat` in JAX 0.7. Here the check sits in the jaxpr of a call without effects, which
 `checkify` opens as it opens every call, and all else reads as the identity.
 """
 
@@ -34,10 +34,12 @@ class _Check(Primitive):
     multiple_results = True
 
     def bind(self, *args: Any, subfuns: Any = (), **params: Any) -> Any:
-        # How checkify binds a call that it has opened: the function stands first before JAX 0.9.
+        # How checkify binds a call that it has opened: by `subfuns`, or with the function first in JAX 0.7.
         if hasattr(args[0], "call_wrapped"):
             subfuns, args = args[:1], args[1:]
-        return subfuns[0].call_wrapped(*args) if subfuns else super().bind(*args, **params)  # type: ignore[no-untyped-call]
+        if subfuns:
+            return subfuns[0].call_wrapped(*args)
+        return super().bind(*args, **params)  # type: ignore[no-untyped-call]  # JAX leaves it unannotated.
 
 
 def _first(value: Any, *_: Any, **__: Any) -> list[Any]:

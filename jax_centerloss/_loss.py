@@ -136,7 +136,8 @@ def own_class_losses(
     # Masked before it is squared: a NaN in an unused row would come back through the gradient of the square.
     difference = jnp.where(used[..., None], x - rows, jnp.zeros((), dtype))
     distance = jnp.sum(difference * difference, axis=-1)
-    # Infinity, which the clamp would hide as 1e12, has to surface as NaN does, in the gradient too.
+    # Infinity, which the clamp would hide as 1e12, has to surface as NaN does, in the gradient too. The
+    # constants are NumPy's: an eager NaN of JAX's would trip jax_debug_nans on a clean batch.
     proper = (jnp.isfinite(distance) & known) | jnp.logical_not(used)
     distance = distance * jnp.where(proper, np.ones((), dtype), np.full((), np.nan, dtype))
     if clip is not None:

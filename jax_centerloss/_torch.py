@@ -128,9 +128,9 @@ def _numpy(value: Any) -> np.ndarray[Any, Any]:
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         # NumPy has no bfloat16 of its own, and torch refuses the conversion.
-        if str(value.dtype) == "torch.bfloat16":
-            return value.float().numpy().astype(jnp.bfloat16)  # type: ignore[no-any-return]
-        return value.numpy()  # type: ignore[no-any-return]
+        half = str(value.dtype) == "torch.bfloat16"
+        array: np.ndarray[Any, Any] = value.float().numpy().astype(jnp.bfloat16) if half else value.numpy()
+        return array
     if not hasattr(value, "dtype"):
         raise TypeError("not a tensor")
     return np.asarray(value)

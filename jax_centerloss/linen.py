@@ -56,10 +56,10 @@ class CenterLoss(nn.Module):
         """The loss of features `(..., D)` with integer labels `(...)`, where `where` `(...)` is true."""
 
         def draw(key: jax.Array) -> jax.Array:
-            sizes = self.num_classes, self.feat_dim
-            return _loss.init_centers(key, *sizes, initializer=self.centers_init, dtype=self.param_dtype)[
-                "centers"
-            ]
+            drawn = _loss.init_centers(
+                key, self.num_classes, self.feat_dim, initializer=self.centers_init, dtype=self.param_dtype
+            )
+            return drawn["centers"]
 
         centers = self.param("centers", draw)
         return _loss.center_loss(

@@ -56,14 +56,13 @@ class CenterLoss(nnx.Module):
         centers_init: jax.nn.initializers.Initializer = normal(1.0),
         rngs: nnx.Rngs,
     ) -> None:
-        self.num_classes = num_classes
-        self.feat_dim = feat_dim
         self.clip = clip
         self.reduce_fn = reduce_fn
         self.axis_name = axis_name
         drawn = _loss.init_centers(
             rngs.params(), num_classes, feat_dim, initializer=centers_init, dtype=param_dtype
         )
+        self.num_classes, self.feat_dim = drawn["centers"].shape
         self.centers = nnx.Param(drawn["centers"])
 
     def __call__(self, x: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:

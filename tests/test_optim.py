@@ -125,7 +125,8 @@ def test_nnx_state_in_a_loop_of_ones_own(rng, own):
     alone_state = own.init(alone)
     for _ in range(3):
         gradient = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
-        updates, state = tx.update(jax.tree.map(lambda _: gradient, params), state, params)  # noqa: B023
+        grads = jax.tree.unflatten(jax.tree.structure(params), [gradient])
+        updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         updates, alone_state = own.update(gradient, alone_state, alone)
         alone = optax.apply_updates(alone, updates)

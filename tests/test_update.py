@@ -110,7 +110,7 @@ def test_bfloat16_centers_are_summed_in_float32():
     np.testing.assert_allclose(moved.astype(jnp.float32), [[1.0]], rtol=2**-8)
 
 
-def test_step_does_not_depend_on_lambda_and_tree_structure_stays(rng):
+def test_tree_structure_stays(rng):
     params = {"head": {"centers": rng.normal(size=(4, 3)).astype(np.float32)}}
     x, labels = rng.normal(size=(8, 3)).astype(np.float32), np.arange(8) % 4
     moved = jcl.update_centers(params, x, labels)
