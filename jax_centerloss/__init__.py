@@ -7,12 +7,14 @@ from jax_centerloss._loss import center_loss as center_loss
 from jax_centerloss._loss import distance_map as distance_map
 from jax_centerloss._loss import init_centers as init_centers
 from jax_centerloss._loss import nearest_center as nearest_center
+from jax_centerloss._means import init_from_features as init_from_features
 from jax_centerloss._update import update_centers as update_centers
 
 if TYPE_CHECKING:
     from jax_centerloss import linen as linen
     from jax_centerloss import nnx as nnx
     from jax_centerloss._optim import with_center_optimizer as with_center_optimizer
+    from jax_centerloss._rows import row_optimizer as row_optimizer
     from jax_centerloss._torch import from_torch as from_torch
     from jax_centerloss._torch import to_torch as to_torch
 
@@ -23,6 +25,7 @@ _LAZY = {
     "from_torch": "_torch",
     "linen": "linen",
     "nnx": "nnx",
+    "row_optimizer": "_rows",
     "to_torch": "_torch",
     "with_center_optimizer": "_optim",
 }
@@ -32,9 +35,11 @@ __all__ = [
     "distance_map",
     "from_torch",
     "init_centers",
+    "init_from_features",
     "linen",
     "nearest_center",
     "nnx",
+    "row_optimizer",
     "to_torch",
     "update_centers",
     "with_center_optimizer",

@@ -14,6 +14,8 @@ from jax_centerloss._checkify import debug_check
 Clip = tuple[float, float] | None
 ReduceFn = Callable[..., Any] | None
 
+CENTERS_AS = ("param", "state")
+
 
 def sizes(num_classes: int, feat_dim: int) -> tuple[int, int]:
     """The shape of a table of centers, refused where it would hold nothing."""

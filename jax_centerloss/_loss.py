@@ -132,10 +132,7 @@ def own_class_losses(
 ) -> jax.Array:
     """Per-sample losses from the rows already read: NaN for a used label without a class, 0 if unused."""
     dtype = _table.compute_dtype(x, rows)
-    x, rows = x.astype(dtype), rows.astype(dtype)
-    # Masked before it is squared: a NaN in an unused row would come back through the gradient of the square.
-    difference = jnp.where(used[..., None], x - rows, jnp.zeros((), dtype))
-    distance = jnp.sum(difference * difference, axis=-1)
+    distance = squared_distance(x.astype(dtype), rows.astype(dtype), known, used)
     # Infinity, which the clamp would hide as 1e12, has to surface as NaN does, in the gradient too. The
     # constants are NumPy's: an eager NaN of JAX's would trip jax_debug_nans on a clean batch.
     proper = (jnp.isfinite(distance) & known) | jnp.logical_not(used)
@@ -147,6 +144,28 @@ def own_class_losses(
         other = jnp.minimum(jnp.maximum(jnp.zeros((), dtype), low), high)
         distance = distance + (num_classes - 1) * other
     return jnp.where(used, distance, jnp.zeros((), dtype))
+
+
+@jax.custom_jvp
+def squared_distance(x: jax.Array, rows: jax.Array, known: jax.Array, used: jax.Array) -> jax.Array:
+    """`|x - row|²` of each sample, whatever the sample holds; the masks count in its derivative only.
+
+    The derivative is the plain one, with what is not used or has no class left out before it is multiplied:
+    zero times NaN is NaN. Were the mask inside of the square, as it would have to be without a rule of its
+    own, XLA would make the difference several times over.
+    """
+    del known, used
+    difference = x - rows
+    return jnp.sum(difference * difference, axis=-1)
+
+
+@squared_distance.defjvp
+def _squared_distance_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    x, rows, known, used = primals
+    zero = jnp.zeros((), x.dtype)
+    difference = jnp.where(used[..., None], x - rows, zero)
+    step = tangents[0] - jnp.where(known[..., None], tangents[1], zero)
+    return squared_distance(*primals), 2 * jnp.sum(difference * step, axis=-1)
 
 
 def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "highest") -> jax.Array:
@@ -234,7 +253,12 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
       [0, 1]
     """
     centers = _checks.table(params)
-    x = _checks.features(x, centers)
+    labels: jax.Array = _nearest(centers, _checks.features(x, centers))
+    return labels
+
+
+@jax.jit  # Else every call outside of jit would compile the loop anew.
+def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
     middle = _middle(centers, _table.compute_dtype(x, centers))
     x = _less(x, middle)
     num_classes = centers.shape[0]

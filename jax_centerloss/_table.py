@@ -1,13 +1,19 @@
 """The class table: the one place that knows index modes, placement and in-place writes."""
 
 from collections.abc import Hashable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 AxisName = Hashable | None
+
+NO_SLOT = np.iinfo(np.int32).max
+_HASH_PLACES = 1  # For each sample.
+_HASH_START, _HASH_STEP = 1640531527, 747796405  # Odd, of mixed bits.
 
 
 def compute_dtype(*arrays: jax.Array) -> Any:
@@ -16,17 +22,17 @@ def compute_dtype(*arrays: jax.Array) -> Any:
 
 
 def read_rows(centers: jax.Array, labels: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The rows of the samples' own classes, and where the label names a class at all.
+    """A row for each sample, and where the label names a class at all: elsewhere the row is any.
 
     Reads by `labels` alone, in one form, so that every read of one step is the same read; masks come after.
-    A label without a class reads zeros, and no gradient goes back to any row. `like` gives the placement.
+    `like` gives the placement.
     """
     num_classes = centers.shape[0]
     known = (labels >= 0) & (labels < num_classes)
     rows = centers.at[jnp.clip(labels, 0, num_classes - 1)].get(
         mode="promise_in_bounds", out_sharding=jax.typeof(like).sharding
     )
-    return jnp.where(known[..., None], rows, jnp.zeros((), rows.dtype)), known
+    return rows, known
 
 
 def gather_batch(axis_name: AxisName, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -44,26 +50,89 @@ def gather_batch(axis_name: AxisName, *arrays: jax.Array) -> tuple[jax.Array, ..
     return tuple(gather(a) for a in arrays)
 
 
-def representatives(labels: jax.Array, used: jax.Array, num_classes: int) -> jax.Array:
-    """For each sample the position of the first used one of its class, in a flat batch.
+@partial(jax.jit, static_argnums=2)  # Else every call outside of jit would compile the search anew.
+def slots(labels: jax.Array, used: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
+    """One slot for each class of a flat batch, however often the class stands in it.
 
-    Unused samples stand for themselves.
+    There are as many as samples, or as classes if these are fewer. Returns the slot of each sample, `NO_SLOT`
+    where it is not used, and the class that each slot would hold.
     """
+    if (
+        isinstance(labels.size, int) and num_classes <= labels.size
+    ):  # In an exported program it may be a name.
+        slot, classes = labels, jnp.arange(num_classes, dtype=labels.dtype)
+    else:
+        # One batch after the other under vmap: checkify knows no while loop that is mapped.
+        search = jax.custom_batching.sequential_vmap(partial(_representatives, num_classes=num_classes))
+        slot, classes = search(labels, used), labels
+    return jnp.where(used, slot, NO_SLOT).astype(jnp.int32), classes
+
+
+def _representatives(labels: jax.Array, used: jax.Array, num_classes: int) -> jax.Array:
+    """For each used sample the position of the last used one of its class, in a flat batch.
+
+    Samples meet in a hash table, where the last one to arrive at a place wins it for its class. Those of the
+    other classes there try again at another place. No sorting, and no array as long as there are classes.
+    """
+    size = _HASH_PLACES * labels.size + 1  # Odd: every bit of a label counts in the remainder.
+    direct = isinstance(size, int) and num_classes <= size
     position = jnp.arange(labels.size, dtype=jnp.int32)
-    target = jnp.where(used, labels, num_classes)
-    first = jnp.full(num_classes, labels.size, jnp.int32).at[target].min(position, mode="drop")
-    return jnp.where(used, first.at[target].get(mode="fill", fill_value=0), position)
+    labels = labels.astype(jnp.int32)
+
+    def meet(found: jax.Array, factor: jax.Array) -> jax.Array:
+        waiting = found < 0
+        # The product wraps around, which is what mixes the bits.
+        place = (
+            labels
+            if direct
+            else ((labels * factor).astype(jnp.uint32) % jnp.asarray(size, jnp.uint32)).astype(jnp.int32)
+        )
+        # The greatest, not any: the choice is then the same on every platform and in every run.
+        table = jnp.zeros(size, jnp.int32).at[jnp.where(waiting, place, size)].max(position, mode="drop")
+        winner = table.at[jnp.where(waiting, place, 0)].get(mode="promise_in_bounds")
+        met = waiting & (labels.at[winner].get(mode="promise_in_bounds") == labels)
+        return jnp.where(met, winner, found)
+
+    found = meet(jnp.where(used, -1, position), jnp.int32(_HASH_START))
+    if direct:
+        return found
+
+    def again(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        found, factor = state
+        return meet(found, factor), factor * jnp.int32(_HASH_STEP)
+
+    start = found, jnp.int32(_HASH_STEP)
+    return lax.while_loop(lambda state: jnp.any(state[0] < 0), again, start)[0]
 
 
-def write_rows(
-    centers: jax.Array, labels: jax.Array, rows: jax.Array, chosen: jax.Array, after: Any
-) -> jax.Array:
-    """`centers` with `rows` at the labels of the samples that are `chosen`, each class at most once."""
-    target = jnp.where(chosen & _always(after), labels, centers.shape[0])
-    return centers.at[target].set(rows.astype(centers.dtype), mode="drop")
+def sum_by_slot(values: jax.Array, slot: jax.Array, number: int) -> jax.Array:
+    """Sums of `values`, whose first axis is the samples', for slots 0 to `number`; the rest is left out."""
+    # A negative index would wrap around.
+    target = jnp.where((slot >= 0) & (slot < number), slot, number)
+    return jnp.zeros((number, *values.shape[1:]), values.dtype).at[target].add(values, mode="drop")
 
 
-def _always(after: Any) -> jax.Array:
+def rows_of(table: jax.Array, classes: jax.Array) -> jax.Array:
+    """The rows of `classes`, zero for one that is not in the table. For a read that the write depends on."""
+    rows = table.at[jnp.clip(classes, 0, table.shape[0] - 1)].get(mode="promise_in_bounds")
+    there = (classes < table.shape[0]).reshape(-1, *(1,) * (rows.ndim - 1))
+    return jnp.where(there, rows, jnp.zeros((), rows.dtype))
+
+
+def add_rows(table: jax.Array, classes: jax.Array, steps: jax.Array) -> jax.Array:
+    """`table` with `steps` added to the rows of `classes`, each of which stands there once."""
+    if table.dtype == steps.dtype:
+        return table.at[classes].add(steps, mode="drop")
+    # Added in the precision of the steps, and rounded once.
+    return write_rows(table, classes, rows_of(table, classes).astype(steps.dtype) + steps)
+
+
+def write_rows(table: jax.Array, classes: jax.Array, rows: jax.Array) -> jax.Array:
+    """`table` with `rows` at `classes`, each of which stands there once; one not in the table is dropped."""
+    return table.at[classes].set(rows.astype(table.dtype), mode="drop")
+
+
+def always(after: Any) -> jax.Array:
     """True, but only known once every leaf of `after` has been computed.
 
     XLA drops an optimization barrier before it orders reads and writes; a value that it can't fold stays.

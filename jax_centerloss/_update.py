@@ -1,15 +1,19 @@
 """How centers move by rule: no gradient through the model, no step scaled by the loss's weight."""
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from jax_centerloss import _checks, _loss, _table
 from jax_centerloss._table import AxisName
 
 RULES = ("paper", "gradient")
+_BLOCK = 2**19  # Numbers in a block of sums.
 
 
 def update_centers(
@@ -65,32 +69,79 @@ def update_centers(
       Wen et al, A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016
       (https://doi.org/10.1007/978-3-319-46478-7_31).
     """
-    centers = _checks.table(params)
-    x, labels, used = _checks.batch(x, labels, where, centers)
-    _checks.choice("rule", rule, RULES)
-    x, labels, used = _table.gather_batch(axis_name, x, labels, used)
-    x, labels, used = x.reshape(-1, x.shape[-1]), labels.reshape(-1), used.reshape(-1)
-    rows, known = _table.read_rows(centers, labels, x)
-    used = used & known
-
-    dtype = _table.compute_dtype(x, rows)
-    rows = rows.astype(dtype)
-    clip = None if rule == "paper" else _loss.CLIP
-    pulls = jax.grad(_total_loss)(rows, x, used, clip, centers.shape[0])
-    representative = _table.representatives(labels, used, centers.shape[0])
-    direction = jnp.zeros_like(rows).at[representative].add(pulls)
-    if rule == "paper":
-        counts = jnp.zeros(labels.shape, jnp.int32).at[representative].add(used.astype(jnp.int32))
-        direction = direction / (2 * (1 + counts)).astype(dtype)[:, None]
-    else:
-        direction = direction / jnp.maximum(_loss.count(used), 1).astype(dtype)
-    moved = rows - jnp.asarray(alpha, dtype) * direction
-    chosen = used & (representative == jnp.arange(labels.size, dtype=jnp.int32))
-    centers = _table.write_rows(centers, labels, moved, chosen, after)
+    centers, pulls = pull(params, x, labels, rule=rule, where=where, axis_name=axis_name, after=after)
+    rates = jnp.asarray(alpha, pulls.scale.dtype) * pulls.scale
+    number, block = pulls.classes.shape[0], pulls.classes.shape[0]
+    if isinstance(number, int):
+        block = min(number, max(1, _BLOCK // centers.shape[1]))
+    centers = _move(centers, pulls, rates, block)
     return jax.tree.unflatten(jax.tree.structure(params), [centers])
 
 
-def _total_loss(
-    rows: jax.Array, x: jax.Array, used: jax.Array, clip: _checks.Clip, num_classes: int
-) -> jax.Array:
-    return jnp.sum(_loss.own_class_losses(rows, x, used, used, clip=clip, num_classes=num_classes))
+@partial(jax.jit, static_argnums=3)
+def _move(centers: jax.Array, pulls: "Pulls", rates: jax.Array, block: int) -> jax.Array:
+    """The centers after the sum of each class's differences, times its rate, is added to it.
+
+    Block by block of classes: the sums stay in the cache, and the rest of memory sees each feature once.
+    """
+    number = pulls.classes.shape[0]
+    blocks = 1 if number == block else -(-number // block)
+    spare = blocks * block - number
+    classes = jnp.pad(pulls.classes, (0, spare), constant_values=centers.shape[0])
+    rates = jnp.pad(rates, (0, spare))
+
+    def move(i: ArrayLike, centers: jax.Array) -> jax.Array:
+        start = jnp.asarray(i, jnp.int32) * block
+        sums = _table.sum_by_slot(pulls.difference, pulls.slot - start, block)
+        mine, rate = (lax.dynamic_slice_in_dim(a, start, block) for a in (classes, rates))
+        return _table.add_rows(centers, mine, rate[:, None] * sums)
+
+    return move(0, centers) if blocks == 1 else lax.fori_loop(0, blocks, move, centers)
+
+
+class Pulls(NamedTuple):
+    """What a batch asks: class `classes[s]` to move by `scale[s]` times the sum of its differences."""
+
+    difference: jax.Array  # (N, D), x - c.
+    slot: jax.Array  # (N,), of the sample's class; out of range where the sample moves nothing.
+    classes: jax.Array  # (S,), C for a slot without a class.
+    scale: jax.Array  # (S,), NaN for a class whose distances are no numbers.
+
+
+def pull(
+    params: Any,
+    x: ArrayLike,
+    labels: ArrayLike,
+    *,
+    rule: str,
+    where: ArrayLike | None,
+    axis_name: AxisName,
+    after: Any,
+) -> tuple[jax.Array, Pulls]:
+    """The centers and what the batch asks of them, by `rule`, for a rate of one."""
+    centers = _checks.table(params)
+    x, labels, used = _checks.batch(x, labels, where, centers)
+    _checks.choice("rule", rule, RULES)
+    rows, known = _table.read_rows(centers, labels, x)
+    dtype = _table.compute_dtype(x, rows)
+    x, rows = x.astype(dtype), rows.astype(dtype)
+    # The very terms of `center_loss`, which XLA then computes once for both.
+    difference, distance = x - rows, _loss.squared_distance(x, rows, known, used)
+    used = used & known
+    low, high = _loss.CLIP
+    passes = used & (distance >= low) & (distance <= high) if rule == "gradient" else used
+    difference, labels, used, passes, distance = (
+        a.reshape(-1, *a.shape[x.ndim - 1 + (axis_name is not None) :])
+        for a in _table.gather_batch(axis_name, difference, labels, used, passes, distance)
+    )
+    slot, classes = _table.slots(labels, used, centers.shape[0])
+    # NaN and infinity show in the count of their class, and so in its center, also where the clamp cuts.
+    samples = jnp.where(jnp.isfinite(distance), np.ones((), dtype), np.full((), np.nan, dtype))
+    counts = _table.sum_by_slot(samples, slot, classes.shape[0])
+    if rule == "paper":
+        scale = 1 / (1 + counts)
+    else:
+        scale = jnp.where(jnp.isnan(counts), counts, 2 / jnp.maximum(_loss.count(used), 1).astype(dtype))
+        slot = jnp.where(passes, slot, _table.NO_SLOT)
+    classes = jnp.where((counts != 0) & _table.always(after), classes, centers.shape[0])
+    return centers, Pulls(difference, slot, classes, scale)

@@ -6,16 +6,16 @@ from flax import linen as nn
 from jax.nn.initializers import normal
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _loss
+from jax_centerloss import _checks, _loss, _update
 from jax_centerloss._checks import Clip, ReduceFn
 from jax_centerloss._table import AxisName
 
 
 class CenterLoss(nn.Module):
-    """Holds one center per class, as the parameter `"centers"`, and returns the center loss of a batch.
+    """Holds one center per class, as the variable `"centers"`, and returns the center loss of a batch.
 
     `variables["params"]` goes straight into `jax_centerloss.update_centers`, `distance_map` and
-    `nearest_center`.
+    `nearest_center`; with `centers_as="state"` it is `variables["centers"]`.
 
     Attributes:
       num_classes: C.
@@ -25,6 +25,10 @@ class CenterLoss(nn.Module):
       axis_name: see `jax_centerloss.center_loss`.
       param_dtype: dtype of the centers.
       centers_init: draws the `(C, D)` centers; N(0, 1) by default.
+      centers_as: `"param"`, a parameter for the optimizer, or `"state"`, kept in the collection `"centers"`
+        as batch statistics are in theirs: no gradient, and a call with `mutable=["centers"]` moves it.
+      alpha: the rate of centers that are state; see `jax_centerloss.update_centers`.
+      rule: `"paper"` or `"gradient"`, for centers that are state; see `jax_centerloss.update_centers`.
 
     Raises:
       ValueError: if a size is below 1, and what `jax_centerloss.center_loss` raises.
@@ -50,6 +54,9 @@ class CenterLoss(nn.Module):
     axis_name: AxisName = None
     param_dtype: DTypeLike = jnp.float32
     centers_init: jax.nn.initializers.Initializer = normal(1.0)
+    centers_as: str = "param"
+    alpha: float = 0.5
+    rule: str = "paper"
 
     @nn.compact
     def __call__(self, x: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
@@ -61,13 +68,27 @@ class CenterLoss(nn.Module):
             )
             return drawn["centers"]
 
-        centers = self.param("centers", draw)
-        return _loss.center_loss(
-            centers,
-            x,
-            labels,
-            where=where,
-            reduce_fn=self.reduce_fn,
-            clip=self.clip,
-            axis_name=None if self.is_initializing() else self.axis_name,
+        _checks.choice("centers_as", self.centers_as, _checks.CENTERS_AS)
+        _checks.choice("rule", self.rule, _update.RULES)
+        if self.centers_as == "param":
+            centers = self.param("centers", draw)
+        else:
+            state = self.variable("centers", "centers", lambda: draw(self.make_rng("params")))
+            centers = state.value
+        axis_name = None if self.is_initializing() else self.axis_name
+        loss = _loss.center_loss(
+            centers, x, labels, where=where, reduce_fn=self.reduce_fn, clip=self.clip, axis_name=axis_name
         )
+        moves = self.is_mutable_collection("centers") and not self.is_initializing()
+        if self.centers_as == "state" and moves:
+            state.value = _update.update_centers(
+                centers,
+                jax.lax.stop_gradient(x),
+                labels,
+                alpha=self.alpha,
+                rule=self.rule,
+                where=where,
+                axis_name=axis_name,
+                after=jax.lax.stop_gradient(loss),
+            )
+        return loss

@@ -1,14 +1,20 @@
 """Center loss as a Flax NNX module."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _loss
+from jax_centerloss import _checks, _loss, _update
 from jax_centerloss._checks import Clip, ReduceFn
 from jax_centerloss._table import AxisName
+
+
+class Centers(nnx.Variable[jax.Array]):
+    """Centers that are moved by rule: not an `nnx.Param`, so no gradient of them is ever made."""
 
 
 class CenterLoss(nnx.Module):
@@ -25,6 +31,8 @@ class CenterLoss(nnx.Module):
       axis_name: see `jax_centerloss.center_loss`.
       param_dtype: dtype of the centers.
       centers_init: draws the `(C, D)` centers; N(0, 1) by default.
+      centers_as: `"param"`, an `nnx.Param` for the optimizer, or `"state"`, a variable that is no parameter
+        and has no gradient: `update_centers` moves it, or a `jax_centerloss.row_optimizer`.
       rngs: the `params` stream draws the centers.
 
     Raises:
@@ -54,8 +62,10 @@ class CenterLoss(nnx.Module):
         axis_name: AxisName = None,
         param_dtype: DTypeLike = jnp.float32,
         centers_init: jax.nn.initializers.Initializer = normal(1.0),
+        centers_as: str = "param",
         rngs: nnx.Rngs,
     ) -> None:
+        _checks.choice("centers_as", centers_as, _checks.CENTERS_AS)
         self.clip = clip
         self.reduce_fn = reduce_fn
         self.axis_name = axis_name
@@ -63,7 +73,7 @@ class CenterLoss(nnx.Module):
             rngs.params(), num_classes, feat_dim, initializer=centers_init, dtype=param_dtype
         )
         self.num_classes, self.feat_dim = drawn["centers"].shape
-        self.centers = nnx.Param(drawn["centers"])
+        self.centers = (nnx.Param if centers_as == "param" else Centers)(drawn["centers"])
 
     def __call__(self, x: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
         """The loss of features `(..., D)` with integer labels `(...)`, where `where` `(...)` is true."""
@@ -76,3 +86,29 @@ class CenterLoss(nnx.Module):
             clip=self.clip,
             axis_name=self.axis_name,
         )
+
+    def update_centers(
+        self,
+        x: ArrayLike,
+        labels: ArrayLike,
+        *,
+        alpha: float | jax.Array = 0.5,
+        rule: str = "paper",
+        where: ArrayLike | None = None,
+        after: Any = None,
+    ) -> None:
+        """Moves the centers of the batch's classes, in the module: see `jax_centerloss.update_centers`.
+
+        Call it once a step with the features of the step, and with the loss as `after`; no gradient passes.
+        """
+        moved = _update.update_centers(
+            nnx.state(self),
+            jax.lax.stop_gradient(x),
+            labels,
+            alpha=alpha,
+            rule=rule,
+            where=where,
+            axis_name=self.axis_name,
+            after=jax.lax.stop_gradient(after),
+        )
+        nnx.update(self, moved)

@@ -116,3 +116,94 @@ def test_training_an_nnx_model_pulls_features_to_their_centers(rng):
 
     losses = [float(step(model, optimizer)) for _ in range(50)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_centers_as_state_are_no_parameter_and_give_the_same_loss(batch):
+    x, labels, where = batch
+    as_param, _ = modules()
+    as_state, linen = modules(centers_as="state")
+    assert jax.tree.leaves(nnx.state(as_state, nnx.Param)) == []
+    np.testing.assert_array_equal(*(jax.tree.leaves(m)[0] for m in (as_param, as_state)))
+    variables = linen.init(jax.random.key(0), x, labels)
+    assert set(variables) == {"centers"}
+    np.testing.assert_array_equal(as_param(x, labels, where=where), as_state(x, labels, where=where))
+    (centers,) = jax.tree.leaves(variables)
+    np.testing.assert_array_equal(
+        linen.apply(variables, x, labels, where=where), jcl.center_loss(centers, x, labels, where=where)
+    )
+
+
+@pytest.mark.parametrize("rule", ["paper", "gradient"])
+@pytest.mark.parametrize("centers_as", ["param", "state"])
+def test_the_nnx_module_moves_its_centers_as_the_function_does(batch, rule, centers_as):
+    x, labels, where = batch
+    module, _ = modules(centers_as=centers_as)
+    want = jcl.update_centers(nnx.state(module), x, labels, alpha=0.3, rule=rule, where=where)
+
+    @nnx.jit
+    def move(module, x):
+        loss = module(x, labels, where=where)
+        module.update_centers(x, labels, alpha=0.3, rule=rule, where=where, after=loss)
+
+    move(module, x)
+    np.testing.assert_allclose(jax.tree.leaves(module)[0], jax.tree.leaves(want)[0], rtol=1e-6)
+
+
+def test_the_nnx_module_moves_its_centers_inside_of_a_loss(batch):
+    # As BatchNorm does with its statistics.
+    x, labels, _ = batch
+    module, _ = modules(centers_as="state")
+    want = jcl.update_centers(nnx.state(module), x, labels)
+
+    @nnx.jit
+    def move(module, x):
+        def loss_fn(module, x):
+            loss = module(x, labels)
+            module.update_centers(x, labels, after=loss)
+            return loss
+
+        return nnx.grad(loss_fn, argnums=1)(module, x)
+
+    start = jax.tree.leaves(module)[0]
+    gradient = move(module, x)
+    np.testing.assert_allclose(
+        gradient, jax.grad(lambda x: jcl.center_loss(start, x, labels))(x), rtol=1e-5, atol=1e-7
+    )
+    np.testing.assert_allclose(jax.tree.leaves(module)[0], jax.tree.leaves(want)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["paper", "gradient"])
+def test_the_linen_module_moves_its_centers_when_they_are_mutable(batch, rule):
+    x, labels, where = batch
+    linen = jcl.linen.CenterLoss(C, D, centers_as="state", alpha=0.3, rule=rule)
+    variables = linen.init(jax.random.key(0), x, labels)
+    start = variables["centers"]["centers"]
+    np.testing.assert_array_equal(
+        start, linen.init(jax.random.key(0), x, -np.ones_like(labels))["centers"]["centers"]
+    )
+
+    @jax.jit
+    def step(variables, x):
+        def loss_fn(x):
+            return linen.apply(variables, x, labels, where=where, mutable=["centers"])
+
+        return jax.value_and_grad(loss_fn, has_aux=True)(x)
+
+    (loss, moved), gradient = step(variables, x)
+    want = jcl.update_centers(start, x, labels, alpha=0.3, rule=rule, where=where)
+    np.testing.assert_allclose(moved["centers"]["centers"], want, rtol=1e-6)
+    np.testing.assert_allclose(loss, jcl.center_loss(start, x, labels, where=where), rtol=1e-6)
+    np.testing.assert_allclose(
+        gradient, jax.grad(lambda x: jcl.center_loss(start, x, labels, where=where))(x), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_unknown_choices_are_refused(batch):
+    x, labels, _ = batch
+    for make in (
+        lambda: modules(centers_as="buffer"),
+        lambda: jcl.linen.CenterLoss(C, D, centers_as="buffer").init(jax.random.key(0), x, labels),
+        lambda: jcl.linen.CenterLoss(C, D, rule="newton").init(jax.random.key(0), x, labels),
+    ):
+        with pytest.raises(ValueError, match="must be one of"):
+            make()

@@ -61,6 +61,49 @@ def test_training_step(rng):
     assert losses[-1] < losses[0] - 0.1
 
 
+def falls(step, state, images, labels):
+    """Takes 30 steps with `step(*state, images, labels) -> (*state, loss)`; the loss falls."""
+    losses = []
+    for _ in range(30):
+        *state, loss = step(*state, images, labels)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 0.1
+    return state
+
+
+@pytest.fixture
+def many_classes(rng):
+    return rng.normal(size=(64, 64)).astype(np.float32), rng.integers(0, 40, 64)
+
+
+def test_touched_rows_with_plain_functions(many_classes):
+    space = run(block("def rows_step"))
+    start = jax.tree.map(jnp.copy, space["centers"])["centers"]
+    names = ("weights", "opt_state", "centers", "row_state")
+    _, _, centers, _ = falls(space["rows_step"], [space[name] for name in names], *many_classes)
+    moved = np.any(centers["centers"] != start, axis=1)
+    np.testing.assert_array_equal(np.flatnonzero(moved), np.unique(many_classes[1]))
+
+
+def test_touched_rows_in_nnx(many_classes):
+    space = run(block("def nnx_step"))
+    model, optimizer = space["model"], space["optimizer"]
+    start = np.array(jax.tree.leaves(model.center_loss)[0])
+    falls(lambda *batch: (space["nnx_step"](model, optimizer, *batch),), [], *many_classes)
+    moved = np.any(np.asarray(jax.tree.leaves(model.center_loss)[0]) != start, axis=1)
+    np.testing.assert_array_equal(np.flatnonzero(moved), np.unique(many_classes[1]))
+
+
+def test_touched_rows_in_linen(many_classes):
+    space = run(block("def linen_step"))
+    start = np.array(jax.tree.leaves(space["centers"])[0])
+    *_, centers = falls(
+        space["linen_step"], [space[n] for n in ("params", "opt_state", "centers")], *many_classes
+    )
+    moved = np.any(np.asarray(jax.tree.leaves(centers)[0]) != start, axis=1)
+    np.testing.assert_array_equal(np.flatnonzero(moved), np.unique(many_classes[1]))
+
+
 def test_the_literal_port_and_the_recommended_form_take_the_same_steps(rng):
     space = run(block("def literal"))
     params = space["params"]
@@ -71,7 +114,7 @@ def test_the_literal_port_and_the_recommended_form_take_the_same_steps(rng):
 
 
 def test_sequences_with_padding(rng):
-    loss_fn = run(block("def loss_fn(params"))["loss_fn"]
+    loss_fn = run(block("def loss_fn(params, x"))["loss_fn"]
     x = rng.normal(size=(3, 7, 2)).astype(np.float32)
     logits = rng.normal(size=(3, 7, 5)).astype(np.float32)
     labels = rng.integers(-1, 5, (3, 7))

@@ -11,7 +11,7 @@ import pytest
 import reference as ref
 from reference import LAM
 
-from jax_centerloss import center_loss, with_center_optimizer
+from jax_centerloss import center_loss, row_optimizer, update_centers, with_center_optimizer
 
 # About a hundred roundings of the largest center (4.5) and joint loss (2): 300 steps, each with its own
 # rounding, of a run that converges and so forgets them. Measured: 3e-6 and 5e-15.
@@ -44,7 +44,7 @@ def joint_loss(params: dict, x: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def train(params: dict, data: jax.Array, labels: jax.Array, batches: jax.Array) -> tuple:
+def train_by_optax(params: dict, data: jax.Array, labels: jax.Array, batches: jax.Array) -> tuple:
     tx = with_center_optimizer(optax.sgd(ref.MODEL_LR, momentum=ref.MOMENTUM), centers_optimizer(LAM))
 
     def step(carry, rows):
@@ -57,7 +57,39 @@ def train(params: dict, data: jax.Array, labels: jax.Array, batches: jax.Array) 
     return jax.lax.scan(step, (params, tx.init(params)), batches)[1]
 
 
-def in_jax(precision: str) -> tuple[np.ndarray, np.ndarray]:
+@functools.partial(jax.jit, static_argnames="rows")
+def train_by_rule(
+    params: dict, data: jax.Array, labels: jax.Array, batches: jax.Array, *, rows: bool
+) -> tuple:
+    """The centers are no parameters, and lambda is nowhere near their step."""
+    tx = optax.sgd(ref.MODEL_LR, momentum=ref.MOMENTUM)
+    by_rows = row_optimizer(optax.sgd(ref.CENTER_LR))
+    weights, centers = {k: v for k, v in params.items() if k != "loss"}, params["loss"]
+
+    def step(carry, chosen):
+        weights, opt_state, centers, row_state = carry
+        x, y = data[chosen], labels[chosen]
+        loss, grads = jax.value_and_grad(lambda w: joint_loss({**w, "loss": centers}, x, y))(weights)
+        features = jnp.tanh(x @ weights["w1"] + weights["b1"][None]) @ weights["w2"] + weights["b2"][None]
+        updates, opt_state = tx.update(grads, opt_state, weights)
+        weights = optax.apply_updates(weights, updates)
+        if rows:
+            centers, row_state = by_rows.update(centers, row_state, features, y, after=loss)
+        else:
+            centers = update_centers(centers, features, y, alpha=ref.CENTER_LR, rule="gradient", after=loss)
+        return (weights, opt_state, centers, row_state), (loss, centers["centers"])
+
+    return jax.lax.scan(step, (weights, tx.init(weights), centers, by_rows.init(centers)), batches)[1]
+
+
+WAYS = {
+    "with_center_optimizer": train_by_optax,
+    "update_centers": functools.partial(train_by_rule, rows=False),
+    "row_optimizer": functools.partial(train_by_rule, rows=True),
+}
+
+
+def in_jax(precision: str, train) -> tuple[np.ndarray, np.ndarray]:
     t = training()
     params = {name: getattr(t, name) for name in ("w1", "b1", "w2", "b2", "head")}
     params["loss"] = {"centers": t.centers}
@@ -65,14 +97,15 @@ def in_jax(precision: str) -> tuple[np.ndarray, np.ndarray]:
     return jax.device_get(train(params, data, jnp.asarray(t.labels), jnp.asarray(t.batches, jnp.int32)))
 
 
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 @pytest.mark.parametrize("source", ref.SOURCES)
-def test_joint_training_follows_torch(source, precision):
+def test_joint_training_follows_torch(source, precision, way):
     if precision == "float64":
         with ref.enable_x64():
-            losses, centers = in_jax(precision)
+            losses, centers = in_jax(precision, way)
     else:
-        losses, centers = in_jax(precision)
+        losses, centers = in_jax(precision, way)
     assert losses.dtype == centers.dtype == np.dtype(precision)
     want_losses, want_centers = in_torch(source, precision)
     assert len(losses) == 300

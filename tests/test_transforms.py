@@ -143,3 +143,30 @@ def test_export_for_every_platform_with_a_symbolic_batch(data):
     for function in (loss, jax.grad(loss, (0, 1)), lambda c, x, y, w: jcl.update_centers(c, x, y, where=w)):
         exported = jax.export.export(jax.jit(function), platforms=["cpu", "cuda", "tpu"])(*shapes)
         chex.assert_trees_all_close(exported.call(c, x, y, w), function(c, x, y, w), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        loss,
+        lambda c, x, y, w: jcl.update_centers(c, x, y, where=w),
+        lambda c, x, y, w: jcl.nearest_center(c, x),
+    ],
+)
+@pytest.mark.parametrize("classes", [C, 3000])
+def test_outside_of_jit_a_second_call_compiles_nothing(rng, data, function, classes):
+    _, x, y, w = data
+    centers = rng.normal(size=(classes, D)).astype(np.float32)
+    function(centers, x, y, w)
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        function(2 * centers, x, y, w)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not compiled

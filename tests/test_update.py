@@ -117,6 +117,70 @@ def test_tree_structure_stays(rng):
     assert jax.tree.structure(moved) == jax.tree.structure(params)
 
 
+def test_facenets_code_by_hand(rng):
+    # diff = (1 - alfa) * (centers[labels] - x); scatter_sub(centers, labels, diff)
+    alfa, n = 0.95, 40
+    centers = rng.normal(size=(6, 3)).astype(np.float32)
+    x, labels = rng.normal(size=(n, 3)).astype(np.float32), rng.integers(0, 6, n)
+    want = centers.astype(np.float64)
+    np.subtract.at(want, labels, (1 - alfa) * (centers[labels].astype(np.float64) - x))
+    moved = jcl.update_centers(centers, x, labels, alpha=(1 - alfa) * n / 2, rule="gradient")
+    np.testing.assert_allclose(moved, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["paper", "gradient"])
+@pytest.mark.parametrize("stride", [1, 17, 31, 2**16, 65537, 1000003])
+def test_labels_that_a_hash_table_dislikes(rng, rule, stride):
+    # Few samples, many classes, names in step with the size of the table: 31 places for 15 classes, say.
+    classes, n = 2**26, 30
+    labels = (np.repeat(np.arange(n // 2), 2) * stride) % classes
+    x = rng.normal(size=(n, 1)).astype(np.float32)
+    moved = jax.jit(jcl.update_centers, static_argnames="rule")(
+        np.zeros((classes, 1), np.float16), x, labels, rule=rule
+    )
+    names = np.unique(labels)
+    assert np.count_nonzero(moved) == len(names)
+    small = by_hand(np.zeros((len(names), 1)), x, np.searchsorted(names, labels), np.ones(n, bool), 0.5, rule)
+    np.testing.assert_allclose(moved[names], small, rtol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(700, 1000), (5000, 512)])
+def test_more_rows_than_one_block_of_sums_holds(rng, shape):
+    classes, dim = shape
+    centers = rng.normal(size=shape).astype(np.float32)
+    labels = rng.integers(-1, classes, 2500)
+    x = rng.normal(size=(2500, dim)).astype(np.float32)
+    for rule in ("paper", "gradient"):
+        moved = jcl.update_centers(centers, x, labels, rule=rule)
+        np.testing.assert_allclose(
+            moved, by_hand(centers, x, labels, labels >= 0, 0.5, rule), rtol=1e-4, atol=1e-5
+        )
+        untouched = ~np.isin(np.arange(classes), labels)
+        np.testing.assert_array_equal(moved[untouched], centers[untouched])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rule", ["paper", "gradient"])
+@pytest.mark.parametrize("classes", [5, 500])
+def test_what_is_no_number_shows_in_its_own_class_only(rng, rule, bad, classes):
+    centers = rng.normal(size=(classes, 3)).astype(np.float32)
+    x, labels = rng.normal(size=(20, 3)).astype(np.float32), rng.integers(0, 5, 20)
+    x[3, 1] = bad
+    labels[4] = labels[3]
+    moved = np.asarray(jcl.update_centers(centers, x, labels, rule=rule))
+    assert np.all(np.isnan(moved[labels[3]]))
+    assert np.all(np.isfinite(np.delete(moved, labels[3], axis=0)))
+    masked = jcl.update_centers(centers, x, labels, rule=rule, where=np.arange(20) != 3)
+    assert np.all(np.isfinite(masked))
+
+
+def test_many_small_pulls_on_a_far_center_are_not_lost_one_by_one():
+    # Each pull is below half a unit in the last place of the center; their sum is not.
+    centers, x = np.full((1, 1), 1e4, np.float32), np.full((8000, 1), 1e4 + 2, np.float32)
+    moved = jcl.update_centers(centers, x, np.zeros(8000, int), alpha=0.5)
+    np.testing.assert_allclose(moved, 1e4 + 0.5 * 2 * 8000 / 8001, rtol=1e-7)
+
+
 def test_empty_batch_moves_nothing(rng):
     centers = rng.normal(size=(4, 3)).astype(np.float32)
     for rule in ("paper", "gradient"):

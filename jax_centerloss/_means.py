@@ -1,0 +1,83 @@
+"""Centers from features that are already there."""
+
+import warnings
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_centerloss import _checks, _table
+
+_NAMED = 8  # Classes that the warning lists.
+
+
+def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike]]) -> Any:
+    """Centers as the class means of features, in one pass over a stream of batches.
+
+    For a network that is already trained, in part or as a whole: its centers start where its features are.
+    Means are kept up to date by differences from them, so a stream of any length costs no digits, and only
+    the rows of a batch's classes are touched. It is called outside `jit`; batches of one shape compile once.
+
+    Args:
+      params: a pytree with one leaf, the `(C, D)` centers.
+      batches: pairs `(x, labels)` of features `(..., D)`, floating point, and integer classes `(...)`;
+        negative ones are ignored.
+
+    Returns:
+      Centers in the tree structure and dtype of `params`: the mean of each class that was seen, and the old
+      center of each that was not. A `UserWarning` names the latter.
+
+    Raises:
+      ValueError: on a shape that does not fit, or a label `>= C`.
+      TypeError: on a batch that is no pair, features that are not floating point, or labels that are not
+        integers.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_centerloss
+      >>> x, labels = jnp.array([[1.0, 0.0], [3.0, 0.0], [5.0, 5.0]]), jnp.array([0, 0, 1])
+      >>> jax_centerloss.init_from_features(jnp.zeros((2, 2)), [(x, labels)]).tolist()
+      [[2.0, 0.0], [5.0, 5.0]]
+    """
+    centers = _checks.table(params)
+    # A copy, which can be donated from batch to batch; half precision would not hold a running mean.
+    means = jnp.array(centers, _table.compute_dtype(centers))
+    counts = jnp.zeros(centers.shape[0], jnp.int32)
+    for batch in batches:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(f"batches must hold pairs (x, labels), got {type(batch).__name__}.")
+        x, labels, used = _checks.batch(batch[0], batch[1], None, centers)
+        means, counts = _add(means, counts, x, labels, used)
+    unseen = np.flatnonzero(np.asarray(counts) == 0)
+    if unseen.size:
+        names = ", ".join(map(str, unseen[:_NAMED])) + (", ..." if unseen.size > _NAMED else "")
+        warnings.warn(
+            f"{unseen.size} of {counts.size} classes were never seen and keep their centers: {names}.",
+            stacklevel=2,
+        )
+    return jax.tree.unflatten(jax.tree.structure(params), [means.astype(centers.dtype)])
+
+
+@partial(jax.jit, donate_argnums=(0, 1))
+def _add(
+    means: jax.Array, counts: jax.Array, x: jax.Array, labels: jax.Array, used: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, labels, used = x.reshape(-1, x.shape[-1]), labels.reshape(-1), used.reshape(-1)
+    x = x.astype(_table.compute_dtype(x, means))
+    slot, classes = _table.slots(labels, used, means.shape[0])
+    number = classes.shape[0]
+    new = _table.sum_by_slot(jnp.ones(slot.shape, jnp.int32), slot, number)
+    classes = jnp.where(new > 0, classes, means.shape[0])
+    before = _table.rows_of(counts, classes)
+    # A class that is new starts from one of its samples: from the old center, which may lie anywhere, digits
+    # would be lost.
+    position = jnp.arange(slot.shape[0], dtype=jnp.int32)
+    sample = jnp.zeros(number, jnp.int32).at[slot].max(position, mode="drop")
+    start = jnp.where((before > 0)[:, None], _table.rows_of(means, classes).astype(x.dtype), x[sample])
+    difference = x - start.at[slot].get(mode="clip")
+    sums = _table.sum_by_slot(difference, slot, number)
+    moved = start + sums / jnp.maximum(before + new, 1).astype(x.dtype)[:, None]
+    return _table.write_rows(means, classes, moved), _table.add_rows(counts, classes, new)

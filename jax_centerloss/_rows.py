@@ -1,0 +1,196 @@
+"""Any row-separable optax transformation on the touched rows of the table only."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from jax_centerloss import _checks, _table
+from jax_centerloss._table import AxisName
+from jax_centerloss._update import pull
+
+# Rows that each step of the trial touches, and how large their gradients are: tiny, usual, and huge for what
+# clips. Some come back, some come late.
+_TRIAL = (
+    ([5, 2, 9], 1e-3),
+    ([5, 9], 1.0),
+    ([2, 9], 1.0),
+    ([2, 129], 1e3),
+    ([7, 5], 1.0),
+    ([9, 2], 1e3),
+    ([7], 1.0),
+)
+
+
+class RowOptimizer(NamedTuple):
+    """A pair of functions, as an `optax.GradientTransformation` is: see `row_optimizer`."""
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+
+
+def row_optimizer(tx: optax.GradientTransformation) -> RowOptimizer:
+    """Moves the centers of the batch's classes by an optax transformation, and touches no other row.
+
+    What `tx` does to a dense gradient, at a cost that does not grow with the number of classes: of the table
+    and of the optimizer's state (momentum, Adam's moments) the rows of the batch's classes are read, moved
+    and written, each once, however often its class stands in the batch. All other rows keep their center and
+    their state, where a dense optimizer would go on to move them by momentum or weight decay. Scalars of the
+    state, such as Adam's count of steps, go on with every step.
+
+    `tx` sees `{"centers": rows}`. Its learning rate is the centers' own, and nothing is scaled by the loss's
+    weight. SGD, momentum, Adam and its relatives, AdaGrad, RMSProp, Lion, weight decay, schedules, clipping,
+    `inject_hyperparams` and chains of them work. Where the step of one row depends on other rows (LAMB, LARS,
+    Muon, Adafactor, added noise) or waits for later calls (`MultiSteps`, `apply_every`) it is refused.
+
+    The paper's rule as its Caffe layer runs it is `row_optimizer(optax.sgd(alpha, momentum=0.9))` with
+    `rule="paper"`; `optax.sgd(alpha)` is `update_centers`.
+
+    Args:
+      tx: an optax transformation.
+
+    Returns:
+      Two functions.
+
+      `init(params) -> state`: the state for `params`, a pytree with one leaf, the `(C, D)` centers.
+
+      `update(params, state, x, labels, *, rule="gradient", where=None, axis_name=None, after=None) ->
+      (params, state)`: moved centers, in the tree structure and dtype of `params`, and the new state. The
+      direction is that of `rule`; the arguments are those of `update_centers`. Under `jit`, donate
+      both `params` and `state` so that they are written in place.
+
+    Raises:
+      TypeError: if `tx` is not an optax transformation.
+      ValueError: if `tx` can't work row by row; on `update`, what `update_centers` raises.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jax_centerloss
+      >>> centers = jax_centerloss.row_optimizer(optax.sgd(0.5, momentum=0.9))
+      >>> params = jax_centerloss.init_centers(jax.random.key(0), num_classes=1000, feat_dim=2)
+      >>> state = centers.init(params)
+      >>> params, state = centers.update(params, state, jnp.ones((4, 2)), jnp.array([3, 1, 3, -1]))
+    """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"tx must be an optax transformation, such as optax.sgd(0.5), got {tx!r}.")
+    _refuse_if_not_by_rows(tx)
+
+    def init(params: Any) -> Any:
+        centers = _checks.table(params)
+        return _init(tx, centers)
+
+    def update(
+        params: Any,
+        state: Any,
+        x: ArrayLike,
+        labels: ArrayLike,
+        *,
+        rule: str = "gradient",
+        where: ArrayLike | None = None,
+        axis_name: AxisName = None,
+        after: Any = None,
+    ) -> tuple[Any, Any]:
+        centers, pulls = pull(params, x, labels, rule=rule, where=where, axis_name=axis_name, after=after)
+        sums = _table.sum_by_slot(pulls.difference, pulls.slot, pulls.classes.shape[0])
+        steps, state = _step(tx, centers, state, pulls.classes, -pulls.scale[:, None] * sums)
+        centers = _table.add_rows(centers, pulls.classes, steps)
+        return jax.tree.unflatten(jax.tree.structure(params), [centers]), state
+
+    return RowOptimizer(init, update)
+
+
+def _init(tx: optax.GradientTransformation, centers: jax.Array) -> Any:
+    state = tx.init({"centers": centers})
+    shapes: list[tuple[int, ...]] = []
+    _map_rows(tx, lambda leaf: shapes.append(leaf.shape), state)
+    for shape in shapes:
+        if shape[0] != centers.shape[0]:
+            raise ValueError(_words(f"it keeps state of shape {shape} for centers {centers.shape}"))
+    return state
+
+
+def _step(
+    tx: optax.GradientTransformation, centers: jax.Array, state: Any, classes: jax.Array, direction: jax.Array
+) -> tuple[jax.Array, Any]:
+    """What `tx` adds to the rows of `classes`, by `direction` as their gradient, and its new state."""
+    rows = _table.rows_of(centers, classes).astype(direction.dtype)
+    row_state = _map_rows(tx, lambda leaf: _table.rows_of(leaf, classes), state)
+    steps, row_state = tx.update({"centers": direction}, row_state, {"centers": rows})
+    state = _map_rows(tx, lambda new, old: _table.write_rows(old, classes, new), row_state, state)
+    return steps["centers"], state
+
+
+def _map_rows(
+    tx: optax.GradientTransformation, function: Callable[..., Any], state: Any, *others: Any
+) -> Any:
+    """`function` on the leaves of an optimizer's state that hold something for each row."""
+    by_row = optax.tree_utils.tree_map_params(
+        tx, lambda leaf: jnp.ndim(leaf) > 0, state, transform_non_params=lambda leaf: False
+    )
+    return jax.tree.map(
+        lambda rows, leaf, *rest: function(leaf, *rest) if rows else leaf, by_row, state, *others
+    )
+
+
+def _refuse_if_not_by_rows(tx: optax.GradientTransformation) -> None:
+    """Tries `tx` on a small table: by rows, it has to do what the dense one does to those rows.
+
+    The table is large enough for Adafactor to factor, and gradients go from tiny to huge for what clips.
+    """
+    num_classes, feat_dim = 130, 128
+    rng = np.random.default_rng(0)
+    with (
+        jax.ensure_compile_time_eval(),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        centers = jnp.asarray(rng.normal(size=(num_classes, feat_dim)), jnp.float32)
+        try:
+            state = _init(tx, centers)
+            waiting = (optax.MultiStepsState, optax.ApplyEvery, optax.contrib.SAMState)
+            nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, waiting))
+            if any(isinstance(node, waiting) for node in nodes):
+                raise ValueError(_words("a step of it takes several calls, and each has other classes"))
+            slope = rng.normal(size=centers.shape).astype(np.float32)
+            for touched, size in _TRIAL:
+                gradient = np.zeros(centers.shape, np.float32)
+                noise = rng.normal(size=(len(touched), feat_dim))
+                gradient[touched] = size * (slope[touched] + 0.5 * noise)
+                dense = _frozen_step(tx, centers, state, touched, jnp.asarray(gradient))
+                classes = jnp.array([*touched, num_classes], jnp.int32)  # The last slot is empty.
+                rows = jnp.asarray(np.append(gradient[touched], np.zeros((1, feat_dim), np.float32), 0))
+                steps, state = _step(tx, centers, state, classes, rows)
+                if not _close((steps[:-1], state), dense):
+                    raise ValueError(_words("the step of one row depends on other rows, or on their number"))
+                centers = _table.add_rows(centers, classes, steps)
+        except (TypeError, AttributeError, KeyError, IndexError) as error:
+            raise ValueError(_words(f"a trial step failed ({type(error).__name__}: {error})")) from error
+
+
+def _frozen_step(
+    tx: optax.GradientTransformation, centers: jax.Array, state: Any, touched: list[int], gradient: jax.Array
+) -> tuple[jax.Array, Any]:
+    """The rows of a dense step that were touched, and the state with all others put back."""
+    chosen = jnp.array(touched)
+    steps, moved = tx.update({"centers": gradient}, state, {"centers": centers})
+    state = _map_rows(tx, lambda new, old: old.at[chosen].set(new[chosen]), moved, state)
+    return steps["centers"][chosen], state
+
+
+def _close(got: Any, want: Any) -> bool:
+    def one(a: Any, b: Any) -> bool:
+        if jnp.issubdtype(jnp.asarray(a).dtype, jax.dtypes.prng_key):
+            return True  # Noise shows in the centers.
+        return np.allclose(a, b, rtol=1e-4, atol=1e-5 * np.max(np.abs(b), initial=0))
+
+    return all(map(one, jax.tree.leaves(got), jax.tree.leaves(want)))
+
+
+def _words(reason: str) -> str:
+    return (
+        f"this transformation can't work row by row: {reason}. Leave that part of it out, or give the "
+        "centers the dense optimizer by `with_center_optimizer`."
+    )

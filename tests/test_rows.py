@@ -1,0 +1,201 @@
+"""Optax by rows, against optax on the dense gradient with the rows of absent classes put back."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jax_centerloss as jcl
+
+D = 4
+
+
+@pytest.fixture(autouse=True)
+def as_optax_needs_it():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+ACCEPTED = {
+    "sgd": optax.sgd(0.3),
+    "momentum": optax.sgd(0.3, momentum=0.9),
+    "nesterov": optax.sgd(0.3, momentum=0.9, nesterov=True),
+    "adam": optax.adam(0.1),
+    "adamw": optax.adamw(0.1, weight_decay=0.1),
+    "amsgrad": optax.amsgrad(0.1),
+    "nadam": optax.nadam(0.1),
+    "adagrad": optax.adagrad(0.1),
+    "rmsprop": optax.rmsprop(0.1, momentum=0.9, centered=True),
+    "lion": optax.lion(0.1),
+    "schedule": optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1.0, 2, 6)),
+    "clipping": optax.chain(optax.clip_by_global_norm(0.1), optax.clip(0.05), optax.adam(0.1)),
+    "injected": optax.inject_hyperparams(optax.adam)(learning_rate=optax.linear_schedule(0.1, 0.0, 10)),
+    "masked": optax.masked(optax.adam(0.1), {"centers": True}),
+    "partition": optax.partition({"a": optax.sgd(0.1, momentum=0.9)}, {"centers": "a"}),
+    "weight decay": optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9)),
+    "apply if finite": optax.apply_if_finite(optax.adam(0.1), 3),
+    "half precision momentum": optax.adam(0.1, mu_dtype="bfloat16"),
+}
+REFUSED = {
+    "lamb": lambda: optax.lamb(0.1),
+    "tiny lamb": lambda: optax.lamb(1e-8),
+    "lars": lambda: optax.lars(0.1),
+    "adafactor": lambda: optax.adafactor(0.1),
+    "factored second moments": lambda: optax.chain(optax.scale_by_factored_rms(), optax.scale(-0.1)),
+    "fromage": lambda: optax.fromage(0.1),
+    "muon": lambda: optax.contrib.muon(0.1),
+    "adaptive clipping": lambda: optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1)),
+    "lax adaptive clipping": lambda: optax.chain(optax.adaptive_grad_clip(10.0), optax.sgd(0.1)),
+    "block rms": lambda: optax.chain(optax.clip_by_block_rms(10.0), optax.sgd(0.1)),
+    "noise": lambda: optax.chain(optax.add_noise(0.1, 0.5, key=jax.random.key(0)), optax.sgd(0.1)),
+    "several steps": lambda: optax.MultiSteps(optax.sgd(0.1), 2),
+    "several steps inside": lambda: optax.chain(
+        optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(), optax.scale(2.0)
+    ),
+    "apply every": lambda: optax.chain(optax.apply_every(2), optax.sgd(0.1)),
+    "sharpness-aware": lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)),
+    "lookahead": lambda: optax.lookahead(optax.sgd(0.1), 2, 0.5),
+    "line search": lambda: optax.lbfgs(0.1),
+    "prodigy": lambda: optax.contrib.prodigy(),
+    "norm of decayed weights": lambda: optax.chain(
+        optax.add_decayed_weights(0.1), optax.clip_by_global_norm(1.0), optax.sgd(0.1)
+    ),
+}
+
+
+def dense_steps(tx, centers, batches):
+    """Optax on the whole table; then what belongs to classes that are not in the batch is put back."""
+
+    @jax.jit
+    def step(params, state, x, labels):
+        grads = jax.grad(lambda p: jcl.center_loss(p, x, labels))(params)
+        updates, moved_state = tx.update(grads, state, params)
+        moved = optax.apply_updates(params, updates)
+        here = jnp.any(labels[None, :] == jnp.arange(len(centers))[:, None], axis=1)[:, None]
+
+        def freeze(new, old):
+            return jnp.where(here, new, old) if jnp.shape(new) == centers.shape else new
+
+        return jax.tree.map(freeze, moved, params), jax.tree.map(freeze, moved_state, state)
+
+    params = {"centers": jnp.asarray(centers)}
+    state = tx.init(params)
+    for x, labels in batches:
+        params, state = step(params, state, x, labels)
+        yield params, state
+
+
+def batches(rng, classes, num, steps, *, every):
+    """Batches with duplicates; with every class in each of them, or with ignored samples."""
+    for _ in range(steps):
+        labels = rng.integers(0 if every else -2, classes, num)
+        if every:
+            labels[:classes] = rng.permutation(classes)
+        yield rng.normal(size=(num, D)).astype(np.float32), labels.astype(np.int32)
+
+
+@pytest.mark.parametrize("tx", ACCEPTED.values(), ids=ACCEPTED)
+@pytest.mark.parametrize(
+    ("classes", "num", "every"),
+    [(6, 16, True), (40, 24, False), (5000, 12, False)],
+    ids=["all", "some", "hashed"],
+)
+def test_equals_the_dense_optimizer_with_absent_rows_frozen(rng, tx, classes, num, every):
+    centers = rng.normal(size=(classes, D)).astype(np.float32)
+    data = list(batches(rng, classes, num, 5, every=every))
+    rows = jcl.row_optimizer(tx)
+    params = {"centers": jnp.asarray(centers)}
+    state = rows.init(params)
+    step = jax.jit(rows.update)
+    for (x, labels), (want_params, want_state) in zip(data, dense_steps(tx, centers, data), strict=True):
+        params, state = step(params, state, x, labels)
+        half = "bfloat16" in {str(jnp.asarray(leaf).dtype) for leaf in jax.tree.leaves(state)}
+        # A moment rounded to 8 bits may round the other way.
+        tolerance = {"rtol": 2e-2, "atol": 1e-3} if half else {"rtol": 1e-4, "atol": 1e-6}
+        chex.assert_trees_all_equal_shapes_and_dtypes((params, state), (want_params, want_state))
+        chex.assert_trees_all_close((params, state), (want_params, want_state), **tolerance)
+
+
+@pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
+def test_what_does_not_work_by_rows_is_refused(make):
+    with pytest.raises(ValueError, match=r"can't work row by row: .*with_center_optimizer"):
+        jcl.row_optimizer(make())
+
+
+def test_what_is_no_transformation_is_refused():
+    with pytest.raises(TypeError, match=r"tx must be an optax transformation.*got 0\.5"):
+        jcl.row_optimizer(0.5)
+
+
+def test_construction_under_jit_and_with_strict_promotion(rng):
+    x, labels = rng.normal(size=(5, D)).astype(np.float32), np.array([0, 1, 1, 3, -1])
+
+    @jax.jit
+    def step(centers):
+        with jax.numpy_dtype_promotion("strict"):
+            rows = jcl.row_optimizer(optax.sgd(0.5, momentum=0.9))
+        return rows.update(centers, rows.init(centers), x, labels)[0]
+
+    centers = rng.normal(size=(4, D)).astype(np.float32)
+    want = jcl.update_centers(centers, x, labels, alpha=0.5, rule="gradient")
+    np.testing.assert_allclose(step(centers), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [6, 5000])
+def test_the_papers_layer_with_momentum_by_hand(rng, classes):
+    # The direction of Eq. 4 into v <- m v + a d, c <- c - v, on the rows of the batch: in a float64 loop.
+    alpha, momentum = 0.5, 0.9
+    centers = rng.normal(size=(classes, D)).astype(np.float32)
+    want, velocity = centers.astype(np.float64), np.zeros((classes, D))
+    rows = jcl.row_optimizer(optax.sgd(alpha, momentum=momentum))
+    params = jnp.asarray(centers)
+    state = rows.init(params)
+    for x, labels in batches(rng, 6, 20, 6, every=False):
+        params, state = rows.update(params, state, x, labels, rule="paper")
+        for j in np.unique(labels[labels >= 0]):
+            mine = x[labels == j].astype(np.float64)
+            velocity[j] = momentum * velocity[j] + (want[j] - mine).sum(0) / (1 + len(mine))
+            want[j] -= alpha * velocity[j]
+    np.testing.assert_allclose(params, want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_stateless_case_is_update_centers(rng):
+    centers = rng.normal(size=(50, D)).astype(np.float32)
+    x, labels, where = rng.normal(size=(3, 8, D)), rng.integers(-1, 50, (3, 8)), rng.random((3, 8)) < 0.7
+    x = x.astype(np.float32)
+    for rule in ("paper", "gradient"):
+        rows = jcl.row_optimizer(optax.sgd(0.3))
+        moved, _ = rows.update(centers, rows.init(centers), x, labels, rule=rule, where=where)
+        want = jcl.update_centers(centers, x, labels, alpha=0.3, rule=rule, where=where)
+        np.testing.assert_allclose(moved, want, rtol=1e-6)
+
+
+def test_bfloat16_centers_are_moved_in_float32(rng):
+    # 64 pulls of a half each: summed or added in bfloat16, most of them would be lost.
+    centers = jnp.full((3, D), 1.0, jnp.bfloat16)
+    rows = jcl.row_optimizer(optax.sgd(1.0))
+    x = jnp.full((64, D), 1.5)
+    moved, _ = rows.update(centers, rows.init(centers), x, jnp.zeros(64, jnp.int32), rule="paper")
+    assert moved.dtype == jnp.bfloat16
+    want = jnp.asarray(1 + 0.5 * 64 / 65, jnp.bfloat16)
+    np.testing.assert_array_equal(moved[0].astype(jnp.float32), np.full(D, want, np.float32))
+
+
+def test_injected_rates_can_be_changed(rng):
+    rows = jcl.row_optimizer(optax.inject_hyperparams(optax.sgd)(learning_rate=0.5))
+    centers = jnp.zeros((3, 1))
+    state = rows.init(centers)
+    state.hyperparams["learning_rate"] = jnp.asarray(0.25)
+    moved, _ = rows.update(centers, state, jnp.ones((1, 1)), jnp.array([1]))
+    np.testing.assert_allclose(moved[:, 0], [0, 2 * 0.25, 0])
+
+
+def test_bad_batches_raise_as_everywhere():
+    rows = jcl.row_optimizer(optax.sgd(0.5))
+    centers = jnp.zeros((3, 2))
+    with pytest.raises(ValueError, match="label 3 is out of range for 3 classes"):
+        rows.update(centers, rows.init(centers), jnp.ones((1, 2)), jnp.array([3]))
+    with pytest.raises(ValueError, match="rule must be one of"):
+        rows.update(centers, rows.init(centers), jnp.ones((1, 2)), jnp.array([1]), rule="newton")
