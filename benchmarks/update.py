@@ -1,0 +1,376 @@
+"""Time of a training step of the centers (loss, gradient of the features, moved centers) against the classes.
+
+python benchmarks/update.py                   # every cell: prints the tables, draws out/update.png
+python benchmarks/update.py --quick --check   # a few cells; fails where a target is missed
+
+Needs torch and matplotlib. On a GPU the peers run there too (`--device cuda`).
+"""
+
+import argparse
+import itertools
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from torch.nn import functional
+
+import jax_centerloss as jcl
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from reference import CenterLoss
+
+RATE = 0.5
+LABEL_SETS = 8  # Taken in turn, so that no step finds its rows in the cache from the step before.
+CELLS = list(itertools.product((128, 1024, 8192), (2, 128, 512), (10, 1_000, 100_000, 10_000_000)))
+QUICK = [
+    (1024, 128, 1_000),
+    (1024, 128, 100_000),
+    (1024, 128, 10_000_000),
+    (8192, 128, 100_000),
+    (1024, 512, 100_000),
+]
+Cell = tuple[int, int, int]  # N, D, C.
+Step = Callable[[int], Any]  # Takes a step on the label set of that number and returns what to wait for.
+
+OURS = ["paper", "gradient", "row Adam"]
+AUTOGRAD = ["reference", "dense SGD", "sparse SGD", "SparseAdam"]  # Torch's.
+STYLES = {
+    "paper": ("tab:blue", "-"),
+    "gradient": ("tab:cyan", "-"),
+    "row Adam": ("tab:purple", "-"),
+    "jax dense": ("tab:green", "--"),
+    "reference": ("tab:red", "--"),
+    "dense SGD": ("tab:orange", "--"),
+    "sparse SGD": ("tab:brown", "--"),
+    "SparseAdam": ("tab:pink", "--"),
+    "by hand": ("tab:olive", ":"),
+    "rows": ("tab:gray", ":"),
+    "copy": ("black", ":"),
+}
+
+
+class Bench:
+    """The peers of one cell. Torch's all train one table, JAX's another: two fit where ten would not."""
+
+    def __init__(self, cell: Cell, device: str) -> None:
+        self.n, self.d, self.c = cell
+        self.device = device
+        rng = np.random.default_rng(0)
+        part = rng.standard_normal((min(self.c, 10_000), self.d), dtype=np.float32)
+        # Each library's own memory: NumPy's would come in huge pages, which the others do not ask for.
+        self.table = torch.empty((self.c, self.d), device=device)
+        for start in range(0, self.c, len(part)):
+            rows = self.table[start : start + len(part)]
+            rows.copy_(torch.from_numpy(part[: len(rows)]))
+        self.x = rng.standard_normal((self.n, self.d), dtype=np.float32)
+        self.labels = [rng.integers(0, self.c, self.n) for _ in range(LABEL_SETS)]
+
+    def torch_peers(self) -> Iterator[tuple[str, float, Callable[[], Step]]]:
+        """Name, bytes beyond the table, and what makes the step."""
+        size = 4.0 * self.c * self.d
+        table, x = self.table, torch.from_numpy(self.x).to(self.device)
+        labels = [torch.from_numpy(y).to(self.device) for y in self.labels]
+
+        def by_autograd(loss: Callable[..., torch.Tensor], make: Callable[..., Any]) -> Callable[[], Step]:
+            def prepare() -> Step:
+                centers = torch.nn.Parameter(table)
+                optimizer, features = make([centers], lr=RATE), x.clone().requires_grad_()
+
+                def step(i: int) -> None:
+                    optimizer.zero_grad()
+                    features.grad = None
+                    loss(centers, features, labels[i]).backward()
+                    optimizer.step()
+
+                return step
+
+            return prepare
+
+        def gather(centers: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (x - centers[y]).square().sum() / self.n
+
+        def embedding(centers: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (x - functional.embedding(y, centers, sparse=True)).square().sum() / self.n
+
+        def by_hand() -> Step:
+            def step(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+                difference = x - table[labels[i]]
+                loss = difference.square().sum() / self.n
+                table.index_add_(0, labels[i], difference, alpha=2 * RATE / self.n)
+                return loss, difference * (2 / self.n)
+
+            return step
+
+        def reference() -> Step:
+            module = CenterLoss(1, self.d)
+            module.centers = torch.nn.Parameter(table)
+            return by_autograd(
+                lambda _, x, y: module(x, y), lambda _, lr: torch.optim.SGD(module.parameters(), lr)
+            )()
+
+        yield "reference", 16.0 * self.n * self.c + size, reference
+        yield "dense SGD", 2 * size, by_autograd(gather, torch.optim.SGD)
+        yield "sparse SGD", 0, by_autograd(embedding, torch.optim.SGD)
+        yield "SparseAdam", 2 * size, by_autograd(embedding, torch.optim.SparseAdam)
+        yield "by hand", 0, by_hand
+
+    def jax_peers(self) -> Iterator[tuple[str, float, Callable[[], Step]]]:
+        size = 4.0 * self.c * self.d
+        held: list[Any] = [jnp.array(self.table.cpu().numpy())]
+        x, labels = jnp.asarray(self.x), [jnp.asarray(y, jnp.int32) for y in self.labels]
+        adam = jcl.row_optimizer(optax.adam(RATE))
+        sgd = optax.sgd(RATE)
+
+        def loss_of(centers: Any, y: Any) -> Any:
+            return jax.value_and_grad(lambda x: jcl.center_loss(centers, x, y))(x)
+
+        def by_rule(rule: str) -> Callable[..., Any]:
+            def step(centers: Any, state: Any, y: Any) -> Any:
+                loss, grad = loss_of(centers, y)
+                moved = jcl.update_centers(centers, x, y, alpha=RATE, rule=rule, after=loss)
+                return moved, state, loss, grad
+
+            return step
+
+        def by_rows(centers: Any, state: Any, y: Any) -> Any:
+            loss, grad = loss_of(centers, y)
+            moved, state = adam.update(centers, state, x, y, after=loss)
+            return moved, state, loss, grad
+
+        def dense(centers: Any, state: Any, y: Any) -> Any:
+            loss, (grads, grad) = jax.value_and_grad(jcl.center_loss, (0, 1))(centers, x, y)
+            updates, state = sgd.update(grads, state)
+            return optax.apply_updates(centers, updates), state, loss, grad
+
+        def prepared(step: Callable[..., Any], init: Callable[[Any], Any]) -> Callable[[], Step]:
+            def prepare() -> Step:
+                compiled = jax.jit(step, donate_argnums=(0, 1))
+                state = [init(held[0])]
+
+                def take(i: int) -> Any:
+                    held[0], state[0], *rest = compiled(held[0], state[0], labels[i])
+                    return held[0], state[0], rest
+
+                return take
+
+            return prepare
+
+        for rule in ("paper", "gradient"):
+            yield rule, 0, prepared(by_rule(rule), lambda _: ())
+        yield "row Adam", 2 * size, prepared(by_rows, adam.init)
+        yield "jax dense", 2 * size, prepared(dense, sgd.init)
+
+    def floors(self) -> Iterator[tuple[str, float, Callable[[], Step]]]:
+        """What the memory takes: the features read and their gradient written, and the rows read and written.
+
+        The rows lie one after the other for "copy", with as many others between two visits as in training,
+        and at random places of the table for "rows".
+        """
+        x, table = torch.from_numpy(self.x).to(self.device), self.table
+        grad, rows = torch.empty_like(x), torch.empty_like(x)
+        kept = min(self.c, LABEL_SETS * self.n)
+        starts = [i * self.n % max(kept - self.n, 1) for i in range(LABEL_SETS)]
+
+        def copy(i: int) -> None:
+            part = table[starts[i] : starts[i] + self.n]
+            grad.copy_(x)
+            rows[: len(part)].copy_(part)
+            part.copy_(rows[: len(part)])
+
+        def numpy_rows(i: int) -> None:
+            np.copyto(grad.numpy(), self.x)
+            np.take(table.numpy(), self.labels[i], axis=0, out=rows.numpy(), mode="clip")
+            table.numpy()[self.labels[i]] = rows.numpy()
+
+        labels = [torch.from_numpy(y).to(self.device) for y in self.labels]
+
+        def device_rows(i: int) -> None:
+            grad.copy_(x)
+            table.index_copy_(0, labels[i], torch.index_select(table, 0, labels[i], out=rows))
+
+        yield "copy", 0, lambda: copy
+        yield "rows", 0, lambda: numpy_rows if self.device == "cpu" else device_rows
+
+    def run(self, memory: float, seconds: float, skip: set[str]) -> dict[str, float]:
+        """Median seconds of a step, over blocks of steps that the peers take in turn."""
+        budget = memory - 2 * self.table.nbytes
+        steps: dict[str, Step] = {}
+        for name, extra, prepare in itertools.chain(self.jax_peers(), self.torch_peers(), self.floors()):
+            if name not in skip and extra <= budget:
+                steps[name] = prepare()
+                budget -= extra if name in ("SparseAdam", "row Adam") else 0  # Held from step to step.
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        order = itertools.cycle(range(LABEL_SETS))
+
+        def block(step: Step, number: int) -> float:
+            start = time.perf_counter()
+            for _ in range(number):
+                result = step(next(order))
+            jax.block_until_ready(result)
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+            return (time.perf_counter() - start) / number
+
+        slow = {name for name, step in steps.items() if (block(step, 1), block(step, 1))[1] > 0.3}
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times["copy"]) < 5:
+            for name, step in steps.items():
+                if name in slow:
+                    if len(times[name]) < 3:
+                        times[name].append(block(step, 1))
+                    continue
+                # Not kept: the threads of the peer before spin on for some milliseconds.
+                calm = time.perf_counter() + 0.02
+                once = block(step, 1)
+                while time.perf_counter() < calm:
+                    once = block(step, 1)
+                times[name].append(block(step, max(1, min(50, math.ceil(0.02 / once)))))
+        return {name: statistics.median(kept) for name, kept in times.items()}
+
+
+def draw(path: Path, results: dict[Cell, dict[str, float]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows, columns = (sorted({cell[i] for cell in results}) for i in (0, 1))
+    figure, axes = plt.subplots(
+        len(rows),
+        len(columns),
+        squeeze=False,
+        figsize=(4 * len(columns) + 2, 3 * len(rows)),
+        layout="constrained",
+    )
+    for axis, (n, d) in zip(axes.flat, itertools.product(rows, columns), strict=True):
+        for name, (color, line) in STYLES.items():
+            points = [
+                (c, t[name] * 1e3) for (n_, d_, c), t in results.items() if (n_, d_) == (n, d) and name in t
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=color, linestyle=line, marker=".", label=name)
+        axis.set(xscale="log", yscale="log", title=f"N = {n}, D = {d}", xlabel="classes", ylabel="ms a step")
+        axis.grid(alpha=0.3)
+    handles = {
+        label: line
+        for axis in axes.flat
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+
+
+def report(results: dict[Cell, dict[str, float]]) -> list[str]:
+    """Prints what the targets ask for, and returns those that were missed."""
+    missed = []
+
+    def check(text: str, value: float, limit: float, *, at_least: bool) -> None:
+        good = value >= limit if at_least else value <= limit
+        print(
+            f"{text}: {value:.2f} (target {'≥' if at_least else '≤'} {limit:g}){'' if good else '  MISSED'}"
+        )
+        if not good:
+            missed.append(text)
+
+    for rule in ("gradient", "paper"):
+        ratios = {
+            cell: min(times[name] for name in AUTOGRAD if name in times) / times[rule]
+            for cell, times in results.items()
+            if any(name in times for name in AUTOGRAD)
+        }
+        mean = math.exp(statistics.fmean(map(math.log, ratios.values())))
+        worst = min(ratios, key=lambda cell: ratios[cell])
+        check(
+            f"{rule}: best autograd peer / ours, geometric mean of {len(ratios)} cells",
+            mean,
+            2,
+            at_least=True,
+        )
+        check(
+            f"{rule}: the same, worst cell N={worst[0]} D={worst[1]} C={worst[2]}",
+            ratios[worst],
+            1,
+            at_least=True,
+        )
+    large, small = results.get((1024, 128, 10_000_000)), results.get((1024, 128, 100_000))
+    for rule in OURS:
+        if large and small and rule in large and rule in small:
+            ratio = large[rule] / small[rule]
+            rows = large["rows"] / small["rows"]
+            allowed = max(1.5, 1.3 * rows)
+            check(
+                f"{rule}: C=10,000,000 / C=100,000 at N=1024 D=128 (rows: {rows:.2f})",
+                ratio,
+                allowed,
+                at_least=False,
+            )
+    cell = results.get((8192, 128, 100_000))
+    if cell:
+        for rule in ("gradient", "paper"):
+            check(
+                f"{rule}: ours / rows at N=8192 D=128 C=100,000", cell[rule] / cell["rows"], 3, at_least=False
+            )
+        print(f"There, rows / copy: {cell['rows'] / cell['copy']:.2f}")
+    cell = results.get((1024, 512, 100_000))
+    if cell and "reference" in cell:
+        check(
+            "reference / paper at N=1024 D=512 C=100,000",
+            cell["reference"] / cell["paper"],
+            3000,
+            at_least=True,
+        )
+    return missed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--device", default="cpu", help="where torch runs: cpu or cuda; JAX runs on its default"
+    )
+    parser.add_argument("--quick", action="store_true", help="a few cells only")
+    parser.add_argument("--cells", type=str, help="only these, as N,D,C N,D,C ...")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
+    parser.add_argument(
+        "--seconds", type=float, default=3, help="measuring time of a cell, at least (default: 3)"
+    )
+    parser.add_argument("--memory", type=float, default=18, help="GiB that tables may take (default: 18)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for update.png (default: out)")
+    args = parser.parse_args()
+    cells = QUICK if args.quick else CELLS
+    if args.cells:
+        cells = [tuple(map(int, cell.split(","))) for cell in args.cells.split()]
+    print(
+        f"jax {jax.__version__} on {jax.devices()[0].device_kind}, torch {torch.__version__} on {args.device}"
+    )
+    print("\nMilliseconds a step.\n")
+    print("| N | D | C | " + " | ".join(STYLES) + " |\n" + "|--:" * (3 + len(STYLES)) + "|")
+    results: dict[Cell, dict[str, float]] = {}
+    for n, d, c in cells:
+        if 2 * 4 * c * d > args.memory * 2**30:
+            print(f"| {n} | {d} | {c:,} |" + " |" * len(STYLES) + " does not fit")
+            continue
+        # The reference takes seconds a step there; it is measured where a target asks for it.
+        skip = {"reference"} if n * c > 2e8 else set()
+        times = Bench((n, d, c), args.device).run(args.memory * 2**30, args.seconds, skip)
+        results[n, d, c] = times
+        shown = (f"{times[name] * 1e3:.3f}" if name in times else "" for name in STYLES)
+        print(f"| {n} | {d} | {c:,} | " + " | ".join(shown) + " |", flush=True)
+    print()
+    missed = report(results)
+    draw(args.out / "update.png", results)
+    print(f"\nCost against the classes: {args.out / 'update.png'}")
+    return int(args.check and bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
