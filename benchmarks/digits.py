@@ -32,12 +32,12 @@ class Nothing(nnx.Module):
 def prepare(centers: str, width: int, batch: int) -> tuple[Callable[[], Any], Any]:
     """What runs `STEPS` steps, and the compiled program."""
     args = argparse.Namespace(centers=centers, lr=0.1, alpha=0.5)
-    model = digits.Model(2, rngs=nnx.Rngs(0))
+    model = digits.Model(2, centers, rngs=nnx.Rngs(0))
     model.hidden1, model.hidden2 = (nnx.Linear(n, width, rngs=nnx.Rngs(1)) for n in (64, width))
     model.embed = nnx.Linear(width, 2, rngs=nnx.Rngs(2))
     if centers == "none":
         model.center_loss = Nothing()
-    optimizer = nnx.Optimizer(model, digits.make_optimizer(args, 10_000), wrt=digits.trained(args))
+    optimizer = nnx.Optimizer(model, digits.make_optimizer(args, 10_000), wrt=nnx.Param)
     graphdef, state = nnx.split((model, optimizer))
     rng = np.random.default_rng(0)
     x, y = jnp.asarray(rng.random((1347, 64)), jnp.float32), jnp.asarray(rng.integers(0, 10, 1347), jnp.int32)

@@ -48,23 +48,19 @@ Epoch = Callable[..., tuple[Any, jax.Array]]
 class Model(nnx.Module):
     """64 pixels - 128 - 128 - features - 10 classes, and one center per class."""
 
-    def __init__(self, feat_dim: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, feat_dim: int, centers: str, *, rngs: nnx.Rngs) -> None:
         self.hidden1 = nnx.Linear(64, 128, rngs=rngs)
         self.hidden2 = nnx.Linear(128, 128, rngs=rngs)
         self.embed = nnx.Linear(128, feat_dim, rngs=rngs)
         # No bias: with one, classes could be told apart by how far out they lie along one line; without, the
         # softmax has to give each class its own direction from the origin, as in the paper's picture.
         self.head = nnx.Linear(feat_dim, CLASSES, use_bias=False, rngs=rngs)
-        self.center_loss = jax_centerloss.nnx.CenterLoss(CLASSES, feat_dim, rngs=rngs)
+        # What the rule moves is no parameter: it has no gradient, and the optimizer does not see it.
+        kind = "state" if centers == "rule" else "param"
+        self.center_loss = jax_centerloss.nnx.CenterLoss(CLASSES, feat_dim, centers_as=kind, rngs=rngs)
 
     def features(self, x: jax.Array) -> jax.Array:
         return self.embed(nnx.relu(self.hidden2(nnx.relu(self.hidden1(x)))))
-
-
-def trained(args: argparse.Namespace) -> Any:
-    """What the optimizer trains: without the centers, if the rule moves them."""
-    not_centers = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("centers")))
-    return not_centers if args.centers == "rule" else nnx.Param
 
 
 def lam_at(steps: np.ndarray, lam: float, warmup_steps: int) -> np.ndarray:
@@ -101,13 +97,10 @@ def make_epoch(args: argparse.Namespace) -> Epoch:
         return cross_entropy + lam * model.center_loss(features, y), features
 
     def step(model: Model, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array, lam: jax.Array) -> jax.Array:
-        wrt = nnx.DiffState(0, trained(args))
-        (loss, features), grads = nnx.value_and_grad(loss_fn, argnums=wrt, has_aux=True)(model, x, y, lam)
+        (loss, features), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, x, y, lam)
         optimizer.update(model, grads, lam=lam)
         if by_rule:
-            centers = nnx.state(model.center_loss)
-            moved = jax_centerloss.update_centers(centers, features, y, alpha=args.alpha, after=loss)
-            nnx.update(model.center_loss, moved)
+            model.center_loss.update_centers(features, y, alpha=args.alpha, after=loss)
         return loss
 
     # Donated, so that parameters and centers are written in place.
@@ -139,8 +132,8 @@ def train(
 ) -> tuple[Model, list[float]]:
     """Trains a fresh model, the same one for the same seed, and returns it with the mean loss per epoch."""
     x, y = jnp.asarray(data[0]), jnp.asarray(data[1])
-    model = Model(args.feat_dim, rngs=nnx.Rngs(seed))
-    graphdef, state = nnx.split((model, nnx.Optimizer(model, tx, wrt=trained(args))))
+    model = Model(args.feat_dim, args.centers, rngs=nnx.Rngs(seed))
+    graphdef, state = nnx.split((model, nnx.Optimizer(model, tx, wrt=nnx.Param)))
     shuffle = np.random.default_rng(seed)
     batches = len(y) // args.batch_size  # Samples beyond the last full batch wait for another epoch.
     losses = []

@@ -39,8 +39,9 @@ def table(params: Any) -> jax.Array:
         found = ", ".join(jax.tree_util.keystr(path) for path, _ in leaves[:8]) or "none"
         raise ValueError(
             f"params must hold exactly one array, the (C, D) centers, got {len(leaves)} leaves: {found}"
-            f"{', ...' if len(leaves) > 8 else ''}. Pass the part of the tree that holds the centers, for "
-            'example `{"centers": array}`, `model.center_loss` or `variables["params"]["center_loss"]`.'
+            f"{', ...' if len(leaves) > 8 else ''}. Pass the part of the tree that holds the centers alone: "
+            'a dict {"centers": array}, an NNX module or its state, or of Linen variables the part of this '
+            'module in "params" (in "centers", if they are state).'
         )
     leaf = leaves[0][1]
     try:
@@ -95,7 +96,7 @@ def batch(
         if mask.dtype != jnp.bool_:
             raise TypeError(
                 f"where must be boolean, got {mask.dtype.name}. Compare first, for example `where=mask > 0`; "
-                "weights go onto the per-sample losses of `reduce_fn=None`."
+                "weights go onto the per-sample losses of `center_loss(..., reduce_fn=None)`."
             )
         if mask.shape != labels.shape:
             raise ValueError(f"where must have the shape of labels {labels.shape}, got {mask.shape}.")
@@ -157,3 +158,14 @@ def reduction(reduce_fn: ReduceFn) -> None:
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def state(got: Any, expected: Any, centers: jax.Array) -> None:
+    """The state of an optimizer by rows, against the one that its `init` makes."""
+    got, expected = (jax.tree.map(np.shape, tree) for tree in (got, expected))
+    if got != expected:
+        raise ValueError(
+            f"state is not of this optimizer and centers {centers.shape}: expected {expected}, got {got}. "
+            "Make it with this row optimizer's `init(params)`, and pass on what `update` returns: "
+            "`params, state = rows.update(params, state, x, labels)`."
+        )

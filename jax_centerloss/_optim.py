@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import optax
 
+from jax_centerloss._rows import RowOptimizer
+
 Path = tuple[str | int, ...]
 
 
@@ -63,13 +65,14 @@ def with_center_optimizer(
             rule = 'is below a key "centers"' if select is None else "was picked by select"
             raise ValueError(
                 f"no parameter {rule}: this model has {found}. Put the center loss module (or the dict from "
-                "init_centers) into the tree that is optimized, or name the centers with select."
+                "init_centers) into the tree that is optimized, or name the centers with select. Centers "
+                'that are state (centers_as="state") have no optimizer: they are moved by rule or by rows.'
             )
         return labels
 
     own = optax.sgd(0.5) if centers is None else centers
     for name, given in {"tx": tx, "centers": own}.items():
-        if not (hasattr(given, "init") and hasattr(given, "update")):
+        if isinstance(given, RowOptimizer) or not (hasattr(given, "init") and hasattr(given, "update")):
             raise TypeError(f"{name} must be an optax transformation, such as optax.sgd(0.5), got {given!r}.")
     split = optax.partition({"centers": own, "model": tx}, label)
 

@@ -1,6 +1,7 @@
 """Any row-separable optax transformation on the touched rows of the table only."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,8 @@ _TRIAL = (
     ([9, 2], 1e3),
     ([7], 1.0),
 )
+# States that no trial of a few steps shows for what they are.
+_OVER_CALLS = (optax.MultiStepsState, optax.ApplyEvery, optax.contrib.SAMState, optax.contrib.MechanicState)
 
 
 class RowOptimizer(NamedTuple):
@@ -43,12 +46,14 @@ def row_optimizer(tx: optax.GradientTransformation) -> RowOptimizer:
     state, such as Adam's count of steps, go on with every step.
 
     `tx` sees `{"centers": rows}`. Its learning rate is the centers' own, and nothing is scaled by the loss's
-    weight. SGD, momentum, Adam and its relatives, AdaGrad, RMSProp, Lion, weight decay, schedules, clipping,
-    `inject_hyperparams` and chains of them work. Where the step of one row depends on other rows (LAMB, LARS,
-    Muon, Adafactor, added noise) or waits for later calls (`MultiSteps`, `apply_every`) it is refused.
+    weight. SGD, momentum, Adam and its relatives, AdaGrad, RMSProp, Lion, weight decay, schedules, clipping
+    by value and by the global norm, `inject_hyperparams` and chains of them work. What needs more than the
+    row's own gradient, state and center is refused: LAMB, LARS, Muon, Adafactor, clipping by the norm of a
+    block, added noise, `MultiSteps`, a loss's `value`.
 
-    The paper's rule as its Caffe layer runs it is `row_optimizer(optax.sgd(alpha, momentum=0.9))` with
-    `rule="paper"`; `optax.sgd(alpha)` is `update_centers`.
+    With the same `rule`, `row_optimizer(optax.sgd(alpha))` is `update_centers`; the default here is
+    `"gradient"`. The paper's Caffe layer is `row_optimizer(optax.sgd(alpha, momentum=0.9))` with
+    `rule="paper"`.
 
     Args:
       tx: an optax transformation.
@@ -56,7 +61,7 @@ def row_optimizer(tx: optax.GradientTransformation) -> RowOptimizer:
     Returns:
       Two functions.
 
-      `init(params) -> state`: the state for `params`, a pytree with one leaf, the `(C, D)` centers.
+      `init(params) -> state`: the state of `tx` for `params`, a pytree with one leaf, the `(C, D)` centers.
 
       `update(params, state, x, labels, *, rule="gradient", where=None, axis_name=None, after=None) ->
       (params, state)`: moved centers, in the tree structure and dtype of `params`, and the new state. The
@@ -65,7 +70,8 @@ def row_optimizer(tx: optax.GradientTransformation) -> RowOptimizer:
 
     Raises:
       TypeError: if `tx` is not an optax transformation.
-      ValueError: if `tx` can't work row by row; on `update`, what `update_centers` raises.
+      ValueError: if `tx` can't work row by row; on `update`, if `state` is not of this optimizer and these
+        centers, and what `update_centers` raises.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jax_centerloss
@@ -74,13 +80,26 @@ def row_optimizer(tx: optax.GradientTransformation) -> RowOptimizer:
       >>> state = centers.init(params)
       >>> params, state = centers.update(params, state, jnp.ones((4, 2)), jnp.array([3, 1, 3, -1]))
     """
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+    if isinstance(tx, RowOptimizer) or not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"tx must be an optax transformation, such as optax.sgd(0.5), got {tx!r}.")
-    _refuse_if_not_by_rows(tx)
+    reason = _why_not_by_rows(tx)
+    if reason is not None:
+        raise ValueError(
+            f"this transformation can't work row by row: {reason}. Leave out the part of it that does so, or "
+            "give the centers the dense optimizer by `with_center_optimizer`."
+        )
 
     def init(params: Any) -> Any:
         centers = _checks.table(params)
-        return _init(tx, centers)
+        held = {id(centers)}
+
+        def own(leaf: Any) -> Any:
+            # Some states hold the centers themselves, or one array twice, which then can't be donated.
+            again = id(leaf) in held
+            held.add(id(leaf))
+            return jnp.copy(leaf) if again else leaf
+
+        return jax.tree.map(own, _init(tx, centers))
 
     def update(
         params: Any,
@@ -94,6 +113,7 @@ def row_optimizer(tx: optax.GradientTransformation) -> RowOptimizer:
         after: Any = None,
     ) -> tuple[Any, Any]:
         centers, pulls = pull(params, x, labels, rule=rule, where=where, axis_name=axis_name, after=after)
+        _checks.state(state, jax.eval_shape(partial(_init, tx), centers), centers)
         sums = _table.sum_by_slot(pulls.difference, pulls.slot, pulls.classes.shape[0])
         steps, state = _step(tx, centers, state, pulls.classes, -pulls.scale[:, None] * sums)
         centers = _table.add_rows(centers, pulls.classes, steps)
@@ -103,13 +123,7 @@ def row_optimizer(tx: optax.GradientTransformation) -> RowOptimizer:
 
 
 def _init(tx: optax.GradientTransformation, centers: jax.Array) -> Any:
-    state = tx.init({"centers": centers})
-    shapes: list[tuple[int, ...]] = []
-    _map_rows(tx, lambda leaf: shapes.append(leaf.shape), state)
-    for shape in shapes:
-        if shape[0] != centers.shape[0]:
-            raise ValueError(_words(f"it keeps state of shape {shape} for centers {centers.shape}"))
-    return state
+    return tx.init({"centers": centers})
 
 
 def _step(
@@ -135,7 +149,7 @@ def _map_rows(
     )
 
 
-def _refuse_if_not_by_rows(tx: optax.GradientTransformation) -> None:
+def _why_not_by_rows(tx: optax.GradientTransformation) -> str | None:
     """Tries `tx` on a small table: by rows, it has to do what the dense one does to those rows.
 
     The table is large enough for Adafactor to factor, and gradients go from tiny to huge for what clips.
@@ -148,13 +162,16 @@ def _refuse_if_not_by_rows(tx: optax.GradientTransformation) -> None:
         jax.numpy_rank_promotion("allow"),
     ):
         centers = jnp.asarray(rng.normal(size=(num_classes, feat_dim)), jnp.float32)
+        slope = rng.normal(size=centers.shape).astype(np.float32)
         try:
             state = _init(tx, centers)
-            waiting = (optax.MultiStepsState, optax.ApplyEvery, optax.contrib.SAMState)
-            nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, waiting))
-            if any(isinstance(node, waiting) for node in nodes):
-                raise ValueError(_words("a step of it takes several calls, and each has other classes"))
-            slope = rng.normal(size=centers.shape).astype(np.float32)
+            if any(map(_over_calls, jax.tree.leaves(state, is_leaf=_over_calls))):
+                return "it adds up or adapts over several calls, and each of them has other classes"
+            shapes: list[tuple[int, ...]] = []
+            _map_rows(tx, lambda leaf: shapes.append(leaf.shape), state)
+            for shape in shapes:
+                if shape[0] != num_classes:
+                    return f"tried on centers {centers.shape}, it keeps state of shape {shape}"
             for touched, size in _TRIAL:
                 gradient = np.zeros(centers.shape, np.float32)
                 noise = rng.normal(size=(len(touched), feat_dim))
@@ -164,10 +181,15 @@ def _refuse_if_not_by_rows(tx: optax.GradientTransformation) -> None:
                 rows = jnp.asarray(np.append(gradient[touched], np.zeros((1, feat_dim), np.float32), 0))
                 steps, state = _step(tx, centers, state, classes, rows)
                 if not _close((steps[:-1], state), dense):
-                    raise ValueError(_words("the step of one row depends on other rows, or on their number"))
+                    return "the step of one row depends on other rows, or on their number"
                 centers = _table.add_rows(centers, classes, steps)
-        except (TypeError, AttributeError, KeyError, IndexError) as error:
-            raise ValueError(_words(f"a trial step failed ({type(error).__name__}: {error})")) from error
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            return f"a step with a gradient, a state and params alone fails ({type(error).__name__}: {error})"
+    return None
+
+
+def _over_calls(node: Any) -> bool:
+    return isinstance(node, _OVER_CALLS)
 
 
 def _frozen_step(
@@ -187,10 +209,3 @@ def _close(got: Any, want: Any) -> bool:
         return np.allclose(a, b, rtol=1e-4, atol=1e-5 * np.max(np.abs(b), initial=0))
 
     return all(map(one, jax.tree.leaves(got), jax.tree.leaves(want)))
-
-
-def _words(reason: str) -> str:
-    return (
-        f"this transformation can't work row by row: {reason}. Leave that part of it out, or give the "
-        "centers the dense optimizer by `with_center_optimizer`."
-    )

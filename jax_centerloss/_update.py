@@ -32,7 +32,8 @@ def update_centers(
     The step never depends on the weight of the loss. With `n_j` used samples of class j among N used ones,
 
       `"paper"`: `c_j - alpha * sum(c_j - x) / (1 + n_j)`, the paper's Eq. 4;
-      `"gradient"`: `c_j - alpha * 2 * sum(c_j - x) / N`, plain gradient descent on `center_loss`.
+      `"gradient"`: `c_j - alpha * 2 * sum(c_j - x) / N`, plain gradient descent on `center_loss`, the mean
+      with its default `clip`.
 
     Call it with the features of the step; `jax.lax.stop_gradient` is not needed. Under `jit`, donate the
     centers so that they are written in place.
@@ -42,13 +43,14 @@ def update_centers(
       x: features `(..., D)`, floating point.
       labels: integer classes `(...)`. Negative ones are ignored; one that is `>= C` raises where its value
         is known and is left out under `jit`.
-      alpha: the rate of the centers, 0.5 in the paper.
+      alpha: the rate of the centers, 0.5 in the paper; `schedule(step)`, say, for one that changes.
       rule: `"paper"` or `"gradient"`.
       where: boolean `(...)`, the samples to use; all by default.
       axis_name: inside `shard_map`, `pmap` or `vmap`, the mapped axis (or axes) that the batch is spread
         over: counts and sums are then over the whole batch.
       after: a pytree, typically the loss, that is computed before the centers are written. Pass it when
-        the same jitted program reads the centers in another way too, or XLA copies the whole table.
+        the same jitted program reads the centers in another way too: XLA may put that read behind the
+        write, on a copy of the whole table.
 
     Returns:
       Moved centers, in the tree structure and dtype of `params`. Rows of other classes keep their bits.
@@ -136,6 +138,7 @@ def pull(
     )
     slot, classes = _table.slots(labels, used, centers.shape[0])
     # NaN and infinity show in the count of their class, and so in its center, also where the clamp cuts.
+    # Counts are exact up to 2**24 samples of one class in a batch.
     samples = jnp.where(jnp.isfinite(distance), np.ones((), dtype), np.full((), np.nan, dtype))
     counts = _table.sum_by_slot(samples, slot, classes.shape[0])
     if rule == "paper":

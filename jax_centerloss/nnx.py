@@ -14,7 +14,7 @@ from jax_centerloss._table import AxisName
 
 
 class Centers(nnx.Variable[jax.Array]):
-    """Centers that are moved by rule: not an `nnx.Param`, so no gradient of them is ever made."""
+    """Centers that are moved by rule: not an `nnx.Param`, of which gradients are taken."""
 
 
 class CenterLoss(nnx.Module):
@@ -31,8 +31,8 @@ class CenterLoss(nnx.Module):
       axis_name: see `jax_centerloss.center_loss`.
       param_dtype: dtype of the centers.
       centers_init: draws the `(C, D)` centers; N(0, 1) by default.
-      centers_as: `"param"`, an `nnx.Param` for the optimizer, or `"state"`, a variable that is no parameter
-        and has no gradient: `update_centers` moves it, or a `jax_centerloss.row_optimizer`.
+      centers_as: `"param"`, an `nnx.Param` for the optimizer, or `"state"`, a variable that is no parameter,
+        of which no gradient is made: `update_centers` moves it, or a `jax_centerloss.row_optimizer`.
       rngs: the `params` stream draws the centers.
 
     Raises:
@@ -100,6 +100,7 @@ class CenterLoss(nnx.Module):
         """Moves the centers of the batch's classes, in the module: see `jax_centerloss.update_centers`.
 
         Call it once a step with the features of the step, and with the loss as `after`; no gradient passes.
+        It is meant for `centers_as="state"`: parameters would be moved by their optimizer too.
         """
         moved = _update.update_centers(
             nnx.state(self),

@@ -70,8 +70,8 @@ def test_an_empty_stream_is_reported():
 @pytest.mark.parametrize(
     ("batch", "error", "match"),
     [
-        (np.zeros((4, 2), np.float32), TypeError, r"pairs \(x, labels\), got ndarray"),
-        ((np.zeros((4, 2), np.float32),), TypeError, "pairs"),
+        (np.zeros((4, 2), np.float32), TypeError, r"pairs \(x, labels\), got ndarray\. .*\[\(x, labels\)\]"),
+        ((np.zeros((4, 2), np.float32),), TypeError, "pairs .*, got tuple of 1"),
         ((np.zeros((4, 2), np.float32), np.array([0, 1, 2, 0])), ValueError, "label 2 is out of range for 2"),
         ((np.zeros((4, 3), np.float32), np.zeros(4, int)), ValueError, "D = 2"),
     ],
@@ -79,3 +79,8 @@ def test_an_empty_stream_is_reported():
 def test_bad_batches(batch, error, match):
     with pytest.raises(error, match=match):
         jcl.init_from_features(np.zeros((2, 2), np.float32), [batch])
+
+
+def test_under_jit_it_says_where_to_call_it():
+    with pytest.raises(TypeError, match="outside of jit"):
+        jax.jit(lambda c: jcl.init_from_features(c, []))(jnp.zeros((2, 2)))

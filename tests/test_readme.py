@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+
+import jax_centerloss
 
 README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -102,6 +105,14 @@ def test_touched_rows_in_linen(many_classes):
     )
     moved = np.any(np.asarray(jax.tree.leaves(centers)[0]) != start, axis=1)
     np.testing.assert_array_equal(np.flatnonzero(moved), np.unique(many_classes[1]))
+
+
+def test_a_row_optimizer_in_nnx():
+    space = run(block("def move("))
+    start = jax_centerloss.nnx.CenterLoss(1000, 32, rngs=nnx.Rngs(0))
+    moved = np.any(jax.tree.leaves(space["center_loss"])[0] != jax.tree.leaves(start)[0], axis=1)
+    np.testing.assert_array_equal(np.flatnonzero(moved), np.arange(8))
+    space["move"](space["center_loss"], space["row_state"], jnp.ones((8, 32)), jnp.arange(8))
 
 
 def test_the_literal_port_and_the_recommended_form_take_the_same_steps(rng):

@@ -58,6 +58,8 @@ REFUSED = {
     "sharpness-aware": lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)),
     "lookahead": lambda: optax.lookahead(optax.sgd(0.1), 2, 0.5),
     "line search": lambda: optax.lbfgs(0.1),
+    "mechanic": lambda: optax.contrib.mechanize(optax.sgd(0.1)),
+    "polyak's step": lambda: optax.polyak_sgd(0.1),
     "prodigy": lambda: optax.contrib.prodigy(),
     "norm of decayed weights": lambda: optax.chain(
         optax.add_decayed_weights(0.1), optax.clip_by_global_norm(1.0), optax.sgd(0.1)
@@ -127,6 +129,37 @@ def test_what_does_not_work_by_rows_is_refused(make):
 def test_what_is_no_transformation_is_refused():
     with pytest.raises(TypeError, match=r"tx must be an optax transformation.*got 0\.5"):
         jcl.row_optimizer(0.5)
+
+
+@pytest.mark.parametrize("other", ["more classes", "other features", "other optimizer", "none", "swapped"])
+def test_a_state_of_something_else_is_refused(other):
+    rows = jcl.row_optimizer(optax.adam(0.1))
+    centers = jnp.zeros((3, 2))
+    state = {
+        "more classes": lambda: rows.init(jnp.zeros((4, 2))),
+        "other features": lambda: rows.init(jnp.zeros((3, 1))),
+        "other optimizer": lambda: jcl.row_optimizer(optax.sgd(0.1, momentum=0.9)).init(centers),
+        "none": lambda: None,
+        "swapped": lambda: centers,
+    }[other]()
+    with pytest.raises(ValueError, match=r"state is not of this optimizer and centers \(3, 2\): expected"):
+        rows.update(centers, state, jnp.ones((1, 2)), jnp.array([0]))
+
+
+def test_a_row_optimizer_is_no_optax_transformation():
+    rows = jcl.row_optimizer(optax.sgd(0.1))
+    with pytest.raises(TypeError, match="tx must be an optax transformation"):
+        jcl.row_optimizer(rows)
+    with pytest.raises(TypeError, match="centers must be an optax transformation"):
+        jcl.with_center_optimizer(optax.sgd(0.1), rows)
+
+
+def test_a_state_that_holds_the_centers_can_be_donated_with_them():
+    rows = jcl.row_optimizer(optax.contrib.cocob())
+    centers = jnp.zeros((3, 2))
+    step = jax.jit(rows.update, donate_argnums=(0, 1))
+    moved, _ = step(centers, rows.init(centers), jnp.ones((1, 2)), jnp.array([1]))
+    assert np.flatnonzero(np.any(moved, axis=1)).tolist() == [1]
 
 
 def test_construction_under_jit_and_with_strict_promotion(rng):
