@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +28,8 @@ class Nothing(nnx.Module):
         return jnp.zeros((), x.dtype)
 
 
-def prepare(centers: str, width: int, batch: int) -> tuple[Callable[[], Any], Any]:
-    """What runs `STEPS` steps, and the compiled program."""
+def prepare(centers: str, width: int, batch: int) -> Callable[[], None]:
+    """What runs `STEPS` steps."""
     args = argparse.Namespace(centers=centers, lr=0.1, alpha=0.5)
     model = digits.Model(2, centers, rngs=nnx.Rngs(0))
     model.hidden1, model.hidden2 = (nnx.Linear(n, width, rngs=nnx.Rngs(1)) for n in (64, width))
@@ -50,7 +49,7 @@ def prepare(centers: str, width: int, batch: int) -> tuple[Callable[[], Any], An
         held[0], loss = program(held[0], x, y, order, lams)
         loss.block_until_ready()
 
-    return run, program
+    return run
 
 
 def main() -> None:
@@ -60,7 +59,7 @@ def main() -> None:
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}\n")
     print("| hidden units | batch | softmax alone | centers by rule | by optax |\n|--:|--:|--:|--:|--:|")
     for width, batch in ((128, 64), (512, 256), (1024, 512)):
-        runs = {kind: prepare(kind, width, batch)[0] for kind in ("none", "rule", "optax")}
+        runs = {kind: prepare(kind, width, batch) for kind in ("none", "rule", "optax")}
         times: dict[str, list[float]] = {kind: [] for kind in runs}
         end = time.perf_counter() + args.seconds
         while time.perf_counter() < end or len(times["none"]) < 6:

@@ -365,6 +365,8 @@ def main() -> int:
         results[n, d, c] = times
         shown = (f"{times[name] * 1e3:.3f}" if name in times else "" for name in STYLES)
         print(f"| {n} | {d} | {c:,} | " + " | ".join(shown) + " |", flush=True)
+    if not results:
+        parser.error("argument --memory: no cell fits")
     print()
     missed = report(results)
     draw(args.out / "update.png", results)

@@ -3,10 +3,10 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jax_centerloss._distances import distance_map as distance_map
+from jax_centerloss._distances import nearest_center as nearest_center
 from jax_centerloss._loss import center_loss as center_loss
-from jax_centerloss._loss import distance_map as distance_map
 from jax_centerloss._loss import init_centers as init_centers
-from jax_centerloss._loss import nearest_center as nearest_center
 from jax_centerloss._means import init_from_features as init_from_features
 from jax_centerloss._update import update_centers as update_centers
 

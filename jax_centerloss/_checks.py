@@ -155,6 +155,11 @@ def reduction(reduce_fn: ReduceFn) -> None:
         )
 
 
+def scalar(name: str, value: ArrayLike) -> None:
+    if np.ndim(value):
+        raise ValueError(f"{name} must be a number or a scalar array, got shape {np.shape(value)}.")
+
+
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

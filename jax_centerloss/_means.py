@@ -43,8 +43,6 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
       [[2.0, 0.0], [5.0, 5.0]]
     """
     centers = _checks.table(params)
-    if isinstance(centers, jax.core.Tracer):
-        raise TypeError("init_from_features loops over a stream of batches: call it outside of jit.")
     # A copy, which can be donated from batch to batch; half precision would not hold a running mean.
     means = jnp.array(centers, _table.compute_dtype(centers))
     counts = jnp.zeros(centers.shape[0], jnp.int32)
@@ -56,6 +54,8 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
                 "samples are masked by negative labels."
             )
         x, labels, used = _checks.batch(batch[0], batch[1], None, centers)
+        if any(isinstance(a, jax.core.Tracer) for a in (centers, x, labels)):
+            raise TypeError("init_from_features loops over a stream of batches: call it outside of jit.")
         means, counts = _add(means, counts, x, labels, used)
     unseen = np.flatnonzero(np.asarray(counts) == 0)
     if unseen.size:

@@ -18,12 +18,13 @@ from jax_centerloss._update import pull
 # clips. Some come back, some come late.
 _TRIAL = (
     ([5, 2, 9], 1e-3),
-    ([5, 9], 1.0),
-    ([2, 9], 1.0),
-    ([2, 129], 1e3),
-    ([7, 5], 1.0),
-    ([9, 2], 1e3),
-    ([7], 1.0),
+    ([5, 9, 77], 1.0),
+    ([2, 9, 5], 1.0),
+    ([2, 129, 0], 1e3),
+    ([7, 5, 2], 1.0),
+    ([9, 2, 1], 1e3),
+    ([7, 3, 4], 1.0),
+    ([5, 129, 9], 1e8),
 )
 # States that no trial of a few steps shows for what they are.
 _OVER_CALLS = (optax.MultiStepsState, optax.ApplyEvery, optax.contrib.SAMState, optax.contrib.MechanicState)
@@ -123,18 +124,26 @@ def row_optimizer(tx: optax.GradientTransformation) -> RowOptimizer:
 
 
 def _init(tx: optax.GradientTransformation, centers: jax.Array) -> Any:
-    return tx.init({"centers": centers})
+    # In the precision of the sums: some transformations insist on one dtype from their first step on.
+    return tx.init({"centers": centers.astype(_table.compute_dtype(centers))})
 
 
 def _step(
     tx: optax.GradientTransformation, centers: jax.Array, state: Any, classes: jax.Array, direction: jax.Array
 ) -> tuple[jax.Array, Any]:
     """What `tx` adds to the rows of `classes`, by `direction` as their gradient, and its new state."""
-    rows = _table.rows_of(centers, classes).astype(direction.dtype)
+    dtype = _table.compute_dtype(centers)
+    rows = _table.rows_of(centers, classes).astype(dtype)
     row_state = _map_rows(tx, lambda leaf: _table.rows_of(leaf, classes), state)
-    steps, row_state = tx.update({"centers": direction}, row_state, {"centers": rows})
-    state = _map_rows(tx, lambda new, old: _table.write_rows(old, classes, new), row_state, state)
-    return steps["centers"], state
+    steps, new_state = tx.update({"centers": direction.astype(dtype)}, row_state, {"centers": rows})
+
+    def write(new: jax.Array, read: jax.Array, old: jax.Array) -> jax.Array:
+        # After its read: else a table whose new rows do not depend on its old ones, as where the last
+        # gradient is kept, would be copied.
+        done = _table.always(read.reshape(-1)[:1])
+        return _table.write_rows(old, jnp.where(done, classes, centers.shape[0]), new)
+
+    return steps["centers"], _map_rows(tx, write, new_state, row_state, state)
 
 
 def _map_rows(
@@ -172,17 +181,24 @@ def _why_not_by_rows(tx: optax.GradientTransformation) -> str | None:
             for shape in shapes:
                 if shape[0] != num_classes:
                     return f"tried on centers {centers.shape}, it keeps state of shape {shape}"
+            step, frozen_step = jax.jit(partial(_step, tx)), jax.jit(partial(_frozen_step, tx))
             for touched, size in _TRIAL:
                 gradient = np.zeros(centers.shape, np.float32)
-                noise = rng.normal(size=(len(touched), feat_dim))
+                noise = rng.normal(size=(len(touched), feat_dim)).astype(np.float32)
                 gradient[touched] = size * (slope[touched] + 0.5 * noise)
-                dense = _frozen_step(tx, centers, state, touched, jnp.asarray(gradient))
-                classes = jnp.array([*touched, num_classes], jnp.int32)  # The last slot is empty.
-                rows = jnp.asarray(np.append(gradient[touched], np.zeros((1, feat_dim), np.float32), 0))
-                steps, state = _step(tx, centers, state, classes, rows)
-                if not _close((steps[:-1], state), dense):
+                chosen = jnp.array(touched, jnp.int32)
+                others = [frozen_step(centers, state, chosen, gradient, far) for far in (0.0, 1e6)]
+                classes = jnp.append(chosen, jnp.int32(num_classes))  # The last slot is empty.
+                rows = np.append(gradient[touched], np.zeros((1, feat_dim), np.float32), 0)
+                steps, state = step(centers, state, classes, jnp.asarray(rows))
+                if not all(_close((steps[:-1], state), other) for other in others):
                     return "the step of one row depends on other rows, or on their number"
                 centers = _table.add_rows(centers, classes, steps)
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+            raise TypeError(
+                "tx holds values that are being traced. Make the row optimizer outside of jit and vmap: "
+                "a rate that changes is a schedule, or one of inject_hyperparams."
+            ) from error
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             return f"a step with a gradient, a state and params alone fails ({type(error).__name__}: {error})"
     return None
@@ -193,11 +209,23 @@ def _over_calls(node: Any) -> bool:
 
 
 def _frozen_step(
-    tx: optax.GradientTransformation, centers: jax.Array, state: Any, touched: list[int], gradient: jax.Array
+    tx: optax.GradientTransformation,
+    centers: jax.Array,
+    state: Any,
+    chosen: jax.Array,
+    gradient: jax.Array,
+    far: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    """The rows of a dense step that were touched, and the state with all others put back."""
-    chosen = jnp.array(touched)
-    steps, moved = tx.update({"centers": gradient}, state, {"centers": centers})
+    """The `chosen` rows of a dense step, and the state with all others put back.
+
+    To the others' centers and state `far` is added first, which must not show.
+    """
+
+    def disturb(leaf: jax.Array) -> jax.Array:
+        return (leaf + far.astype(leaf.dtype)).at[chosen].set(leaf[chosen])
+
+    disturbed = _map_rows(tx, disturb, state)
+    steps, moved = tx.update({"centers": gradient}, disturbed, {"centers": disturb(centers)})
     state = _map_rows(tx, lambda new, old: old.at[chosen].set(new[chosen]), moved, state)
     return steps["centers"][chosen], state
 

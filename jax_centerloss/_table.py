@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 AxisName = Hashable | None
 
 NO_SLOT = np.iinfo(np.int32).max
-_HASH_PLACES = 1  # For each sample.
 _HASH_START, _HASH_STEP = 1640531527, 747796405  # Odd, of mixed bits.
 
 
@@ -57,9 +57,7 @@ def slots(labels: jax.Array, used: jax.Array, num_classes: int) -> tuple[jax.Arr
     There are as many as samples, or as classes if these are fewer. Returns the slot of each sample, `NO_SLOT`
     where it is not used, and the class that each slot would hold.
     """
-    if (
-        isinstance(labels.size, int) and num_classes <= labels.size
-    ):  # In an exported program it may be a name.
+    if _at_most(num_classes, labels.size):
         slot, classes = labels, jnp.arange(num_classes, dtype=labels.dtype)
     else:
         # One batch after the other under vmap: checkify knows no while loop that is mapped.
@@ -74,8 +72,8 @@ def _representatives(labels: jax.Array, used: jax.Array, num_classes: int) -> ja
     Samples meet in a hash table, where the last one to arrive at a place wins it for its class. Those of the
     other classes there try again at another place. No sorting, and no array as long as there are classes.
     """
-    size = _HASH_PLACES * labels.size + 1  # Odd: every bit of a label counts in the remainder.
-    direct = isinstance(size, int) and num_classes <= size
+    size = labels.size + 1 + labels.size % 2  # Odd: every bit of a label counts in the remainder.
+    direct = _at_most(num_classes, size)
     position = jnp.arange(labels.size, dtype=jnp.int32)
     labels = labels.astype(jnp.int32)
 
@@ -105,6 +103,11 @@ def _representatives(labels: jax.Array, used: jax.Array, num_classes: int) -> ja
     return lax.while_loop(lambda state: jnp.any(state[0] < 0), again, start)[0]
 
 
+def _at_most(number: Any, limit: Any) -> bool:
+    """Whether it is known to be; in an exported program a size may be a name."""
+    return isinstance(number, int) and isinstance(limit, int) and number <= limit
+
+
 def sum_by_slot(values: jax.Array, slot: jax.Array, number: int) -> jax.Array:
     """Sums of `values`, whose first axis is the samples', for slots 0 to `number`; the rest is left out."""
     # A negative index would wrap around.
@@ -112,8 +115,9 @@ def sum_by_slot(values: jax.Array, slot: jax.Array, number: int) -> jax.Array:
     return jnp.zeros((number, *values.shape[1:]), values.dtype).at[target].add(values, mode="drop")
 
 
-def rows_of(table: jax.Array, classes: jax.Array) -> jax.Array:
+def rows_of(table: ArrayLike, classes: jax.Array) -> jax.Array:
     """The rows of `classes`, zero for one that is not in the table. For a read that the write depends on."""
+    table = jnp.asarray(table)
     rows = table.at[jnp.clip(classes, 0, table.shape[0] - 1)].get(mode="promise_in_bounds")
     there = (classes < table.shape[0]).reshape(-1, *(1,) * (rows.ndim - 1))
     return jnp.where(there, rows, jnp.zeros((), rows.dtype))
@@ -127,8 +131,9 @@ def add_rows(table: jax.Array, classes: jax.Array, steps: jax.Array) -> jax.Arra
     return write_rows(table, classes, rows_of(table, classes).astype(steps.dtype) + steps)
 
 
-def write_rows(table: jax.Array, classes: jax.Array, rows: jax.Array) -> jax.Array:
+def write_rows(table: ArrayLike, classes: jax.Array, rows: jax.Array) -> jax.Array:
     """`table` with `rows` at `classes`, each of which stands there once; one not in the table is dropped."""
+    table = jnp.asarray(table)
     return table.at[classes].set(rows.astype(table.dtype), mode="drop")
 
 

@@ -48,9 +48,9 @@ def update_centers(
       where: boolean `(...)`, the samples to use; all by default.
       axis_name: inside `shard_map`, `pmap` or `vmap`, the mapped axis (or axes) that the batch is spread
         over: counts and sums are then over the whole batch.
-      after: a pytree, typically the loss, that is computed before the centers are written. Pass it when
-        the same jitted program reads the centers in another way too: XLA may put that read behind the
-        write, on a copy of the whole table.
+      after: a pytree, typically the loss, that is computed before the centers are written. Pass whatever
+        the same jitted program computes from the centers: XLA may put a read that is not in it behind the
+        write, on a copy of the whole table. With `axis_name`, it has to be the same on every device.
 
     Returns:
       Moved centers, in the tree structure and dtype of `params`. Rows of other classes keep their bits.
@@ -72,19 +72,24 @@ def update_centers(
       (https://doi.org/10.1007/978-3-319-46478-7_31).
     """
     centers, pulls = pull(params, x, labels, rule=rule, where=where, axis_name=axis_name, after=after)
+    _checks.scalar("alpha", alpha)
     rates = jnp.asarray(alpha, pulls.scale.dtype) * pulls.scale
-    number, block = pulls.classes.shape[0], pulls.classes.shape[0]
-    if isinstance(number, int):
-        block = min(number, max(1, _BLOCK // centers.shape[1]))
-    centers = _move(centers, pulls, rates, block)
+    number, block = pulls.classes.shape[0], max(1, _BLOCK // centers.shape[1])
+    if isinstance(number, int) and number > block:
+        centers = lax.platform_dependent(
+            centers, pulls, rates, cpu=partial(_move, block=block), default=partial(_move, block=number)
+        )
+    else:
+        centers = _move(centers, pulls, rates, block=number)
     return jax.tree.unflatten(jax.tree.structure(params), [centers])
 
 
-@partial(jax.jit, static_argnums=3)
-def _move(centers: jax.Array, pulls: "Pulls", rates: jax.Array, block: int) -> jax.Array:
+@partial(jax.jit, static_argnames="block")
+def _move(centers: jax.Array, pulls: "Pulls", rates: jax.Array, *, block: int) -> jax.Array:
     """The centers after the sum of each class's differences, times its rate, is added to it.
 
-    Block by block of classes: the sums stay in the cache, and the rest of memory sees each feature once.
+    Block by block of classes, on CPUs, the sums stay in the cache, and less memory is taken anew in each
+    step; on other platforms every block would cost as much as all of them.
     """
     number = pulls.classes.shape[0]
     blocks = 1 if number == block else -(-number // block)
@@ -98,7 +103,9 @@ def _move(centers: jax.Array, pulls: "Pulls", rates: jax.Array, block: int) -> j
         mine, rate = (lax.dynamic_slice_in_dim(a, start, block) for a in (classes, rates))
         return _table.add_rows(centers, mine, rate[:, None] * sums)
 
-    return move(0, centers) if blocks == 1 else lax.fori_loop(0, blocks, move, centers)
+    # The first block stands outside: inside shard_map it settles over which axes the result varies.
+    centers = move(0, centers)
+    return centers if blocks == 1 else lax.fori_loop(1, blocks, move, centers)
 
 
 class Pulls(NamedTuple):

@@ -26,7 +26,7 @@ class CenterLoss(nn.Module):
       param_dtype: dtype of the centers.
       centers_init: draws the `(C, D)` centers; N(0, 1) by default.
       centers_as: `"param"`, a parameter for the optimizer, or `"state"`, kept in the collection `"centers"`
-        as batch statistics are in theirs: no gradient, and a call with `mutable=["centers"]` moves it.
+        as batch statistics are in theirs: no gradient, and each call with `mutable=["centers"]` moves it.
       alpha: the rate of centers that are state; see `jax_centerloss.update_centers`.
       rule: `"paper"` or `"gradient"`, for centers that are state; see `jax_centerloss.update_centers`.
 
@@ -74,7 +74,7 @@ class CenterLoss(nn.Module):
             centers = self.param("centers", draw)
         else:
             state = self.variable("centers", "centers", lambda: draw(self.make_rng("params")))
-            centers = state.value
+            centers = jax.lax.stop_gradient(state.value)
         axis_name = None if self.is_initializing() else self.axis_name
         loss = _loss.center_loss(
             centers, x, labels, where=where, reduce_fn=self.reduce_fn, clip=self.clip, axis_name=axis_name

@@ -77,8 +77,10 @@ class CenterLoss(nnx.Module):
 
     def __call__(self, x: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
         """The loss of features `(..., D)` with integer labels `(...)`, where `where` `(...)` is true."""
+        # Centers that are state have no gradient, even where it is taken of every variable.
+        centers = self.centers if isinstance(self.centers, nnx.Param) else jax.lax.stop_gradient(self.centers)
         return _loss.center_loss(
-            self.centers,
+            centers,
             x,
             labels,
             where=where,
@@ -103,7 +105,7 @@ class CenterLoss(nnx.Module):
         It is meant for `centers_as="state"`: parameters would be moved by their optimizer too.
         """
         moved = _update.update_centers(
-            nnx.state(self),
+            nnx.state(self, nnx.PathContains("centers")),
             jax.lax.stop_gradient(x),
             labels,
             alpha=alpha,

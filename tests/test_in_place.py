@@ -47,6 +47,8 @@ STEPS = {
     "momentum": by_rows(optax.sgd(0.1, momentum=0.9)),
     "adam": by_rows(optax.adam(0.1)),
     "adamw": by_rows(optax.adamw(0.1)),
+    # Its new state is the last gradient, whatever the old one was.
+    "optimistic gradient descent": by_rows(optax.optimistic_gradient_descent(0.1)),
 }
 
 
@@ -61,10 +63,10 @@ def compiled(step, init, classes, *more, n=N, d=D):
     )
 
 
-def assert_in_place(program, classes, tables, n=N, d=D):
+def assert_in_place(program, classes, tables, n=N, d=D, other=0):
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= tables * classes * d * 4
-    assert memory.temp_size_in_bytes <= 6 * n * d * 4 + 64 * 1024
+    assert memory.temp_size_in_bytes <= 6 * n * d * 4 + 64 * 1024 + other
     text = program.as_text()
     aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text).group(1)
     assert len(re.findall(r"\}: \(\d+", aliases)) >= tables
@@ -121,7 +123,8 @@ OTHER_READS = {
     "micro-batches": lambda c, x, y, z: sum(jcl.center_loss(c, x[i::2], y[i::2]) for i in range(2)),
     "a mask in one call only": lambda c, x, y, z: jcl.center_loss(c, x, y, where=z > 3),
     "sequences": lambda c, x, y, z: jcl.center_loss(c, x.reshape(2, -1, D), y.reshape(2, -1)),
-    "nearest centers of a few": lambda c, x, y, z: jnp.sum((c[:7] - x[:7]) ** 2),
+    "the nearest centers": lambda c, x, y, z: jnp.mean(jcl.nearest_center(c, x[:9]) == y[:9]),
+    "a few rows": lambda c, x, y, z: jnp.sum((c[:7] - x[:7]) ** 2),
 }
 
 
@@ -135,7 +138,8 @@ def test_after_keeps_the_write_in_place_beside_another_read(read, rule):
         return jcl.update_centers(centers, x, labels, rule=rule, after=loss), state, loss
 
     program = compiled(step, lambda c: (), classes, jax.ShapeDtypeStruct((N,), jnp.int32))
-    assert_in_place(program, classes, 1)
+    # What is read besides has temporaries of its own; the table has 12 MB.
+    assert_in_place(program, classes, 1, other=2**18)
 
 
 def test_steps_by_row_cost_no_new_program():

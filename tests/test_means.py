@@ -83,4 +83,4 @@ def test_bad_batches(batch, error, match):
 
 def test_under_jit_it_says_where_to_call_it():
     with pytest.raises(TypeError, match="outside of jit"):
-        jax.jit(lambda c: jcl.init_from_features(c, []))(jnp.zeros((2, 2)))
+        jax.jit(lambda c: jcl.init_from_features(c, [(np.ones((1, 2)), [0])]))(jnp.zeros((2, 2)))

@@ -207,3 +207,26 @@ def test_unknown_choices_are_refused(batch):
     ):
         with pytest.raises(ValueError, match="must be one of"):
             make()
+
+
+def test_no_gradient_passes_into_centers_that_are_state(batch):
+    x, labels, _ = batch
+    module, linen = modules(centers_as="state")
+    variables = linen.init(jax.random.key(0), x, labels)
+    by_linen = jax.grad(lambda v: linen.apply(v, x, labels))(variables)
+    by_nnx = nnx.grad(lambda m: m(x, labels), argnums=nnx.DiffState(0, nnx.Variable))(module)
+    for gradient in (*jax.tree.leaves(by_linen), *jax.tree.leaves(by_nnx)):
+        np.testing.assert_array_equal(gradient, np.zeros((C, D)))
+
+
+def test_a_subclass_with_a_variable_of_its_own_moves_its_centers(batch):
+    class Counting(jcl.nnx.CenterLoss):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.steps = nnx.Variable(jnp.zeros((), jnp.int32))
+
+    x, labels, _ = batch
+    module = Counting(C, D, centers_as="state", rngs=nnx.Rngs(0))
+    start = module.centers[...]
+    module.update_centers(x, labels)
+    np.testing.assert_allclose(module.centers[...], jcl.update_centers(start, x, labels), rtol=1e-6)

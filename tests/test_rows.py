@@ -60,10 +60,14 @@ REFUSED = {
     "line search": lambda: optax.lbfgs(0.1),
     "mechanic": lambda: optax.contrib.mechanize(optax.sgd(0.1)),
     "polyak's step": lambda: optax.polyak_sgd(0.1),
+    "dog": lambda: optax.contrib.dog(1.0),
     "prodigy": lambda: optax.contrib.prodigy(),
     "norm of decayed weights": lambda: optax.chain(
-        optax.add_decayed_weights(0.1), optax.clip_by_global_norm(1.0), optax.sgd(0.1)
+        optax.add_decayed_weights(5e-4), optax.clip_by_global_norm(1.0), optax.sgd(0.5)
     ),
+    "norm of momentum": lambda: optax.chain(optax.trace(0.9), optax.clip_by_global_norm(1e5)),
+    "lax block rms": lambda: optax.chain(optax.clip_by_block_rms(5e3), optax.sgd(0.1)),
+    "laxest adaptive clipping": lambda: optax.chain(optax.adaptive_grad_clip(1e6), optax.sgd(0.1)),
 }
 
 
@@ -232,3 +236,40 @@ def test_bad_batches_raise_as_everywhere():
         rows.update(centers, rows.init(centers), jnp.ones((1, 2)), jnp.array([3]))
     with pytest.raises(ValueError, match="rule must be one of"):
         rows.update(centers, rows.init(centers), jnp.ones((1, 2)), jnp.array([1]), rule="newton")
+
+
+def test_a_traced_rate_is_named():
+    with pytest.raises(TypeError, match="being traced"):
+        jax.jit(lambda rate: jcl.row_optimizer(optax.sgd(rate)).init(jnp.zeros((3, 2))))(0.1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "tx", [optax.apply_if_finite(optax.adam(0.1), 3), optax.novograd(0.1), optax.adamw(0.1)]
+)
+def test_half_precision_centers_with_a_state_in_float32(rng, dtype, tx):
+    centers = rng.normal(size=(20, D)).astype(dtype)
+    rows = jcl.row_optimizer(tx)
+    data = list(batches(rng, 20, 12, 3, every=False))
+    params, state = jnp.asarray(centers), rows.init(centers)
+    step = jax.jit(rows.update)
+    for x, labels in data:
+        params, state = step(params, state, x, labels)
+    assert params.dtype == dtype
+    assert not {leaf.dtype for leaf in jax.tree.leaves(state)} & {
+        jnp.dtype(jnp.bfloat16),
+        jnp.dtype(jnp.float16),
+    }
+    *_, (want, _) = dense_steps(tx, centers.astype(np.float32), data)
+    # Each of the three steps rounds the center once.
+    np.testing.assert_allclose(
+        np.asarray(params, np.float32), want["centers"], atol=3 * float(jnp.finfo(dtype).eps), rtol=1e-2
+    )
+
+
+def test_a_state_that_was_restored_as_numpy():
+    rows = jcl.row_optimizer(optax.adam(0.1))
+    centers = np.zeros((3, 2), np.float32)
+    state = jax.tree.map(np.asarray, rows.init(centers))
+    moved, _ = rows.update(centers, state, np.ones((1, 2), np.float32), np.array([1]))
+    np.testing.assert_allclose(moved, [[0, 0], [0.1, 0.1], [0, 0]], rtol=1e-5)

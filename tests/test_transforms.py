@@ -170,3 +170,36 @@ def test_outside_of_jit_a_second_call_compiles_nothing(rng, data, function, clas
     finally:
         jax.monitoring.clear_event_listeners()
     assert not compiled
+
+
+def test_several_blocks_of_sums_inside_shard_map(rng):
+    c, d, n = 5000, 512, 2400
+    centers, x = rng.normal(size=(c, d)).astype(np.float32), rng.normal(size=(n, d)).astype(np.float32)
+    labels = rng.integers(0, c, n).astype(np.int32)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = (P(), P("data"), P("data"))
+
+    def whole(c, x, y):
+        return jcl.update_centers(c, x, y, axis_name="data")
+
+    def apart(c, x, y):
+        return jax.lax.pmean(jcl.update_centers(c, x, y), "data")
+
+    moved, mean = (
+        jax.jit(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P()))(centers, x, labels)
+        for f in (whole, apart)
+    )
+    np.testing.assert_allclose(moved, jcl.update_centers(centers, x, labels), rtol=1e-5, atol=1e-6)
+    halves = [jcl.update_centers(centers, x[i], labels[i]) for i in (slice(0, n // 2), slice(n // 2, n))]
+    np.testing.assert_allclose(mean, np.mean(halves, axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_export_with_a_symbolic_number_of_classes(data):
+    c, x, y, _ = data
+    (k,) = jax.export.symbolic_shape("k")
+    shapes = [
+        jax.ShapeDtypeStruct((k, D), jnp.float32),
+        *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, y)),
+    ]
+    exported = jax.export.export(jax.jit(jcl.update_centers))(*shapes)
+    np.testing.assert_allclose(exported.call(c, x, y), jcl.update_centers(c, x, y), rtol=1e-5)

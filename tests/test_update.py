@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jax_centerloss as jcl
+from jax_centerloss import _table
 
 
 def by_hand(centers, x, labels, used, alpha, rule):
@@ -129,11 +130,12 @@ def test_facenets_code_by_hand(rng):
 
 
 @pytest.mark.parametrize("rule", ["paper", "gradient"])
-@pytest.mark.parametrize("stride", [1, 17, 31, 2**16, 65537, 1000003])
-def test_labels_that_a_hash_table_dislikes(rng, rule, stride):
-    # Few samples, many classes, names in step with the size of the table: 31 places for 15 classes, say.
-    classes, n = 2**26, 30
-    labels = (np.repeat(np.arange(n // 2), 2) * stride) % classes
+@pytest.mark.parametrize("stride", [1, 17, 31, 33, 2**16, 2**20, 65537, 1000003])
+@pytest.mark.parametrize("n", [30, 31, 63])
+def test_labels_that_a_hash_table_dislikes(rng, rule, stride, n):
+    # Few samples, many classes, names in step with the size of the table: 31 or 33 places, say.
+    classes = 2**26
+    labels = (np.arange(n) // 2 * stride) % classes
     x = rng.normal(size=(n, 1)).astype(np.float32)
     moved = jax.jit(jcl.update_centers, static_argnames="rule")(
         np.zeros((classes, 1), np.float16), x, labels, rule=rule
@@ -207,3 +209,30 @@ def test_after_keeps_the_write_in_place_beside_another_read():
     assert memory.temp_size_in_bytes < c * d * 4 / 2
     moved, _ = jax.jit(step)(jnp.zeros((c, d)), jnp.ones((n, d)), jnp.arange(n), jnp.arange(n))
     np.testing.assert_allclose(moved[:n], 0.25, rtol=1e-6)
+
+
+def test_no_stride_of_the_labels_makes_the_search_long(monkeypatch):
+    # With an even size, 2**20 apart, each round would settle one class.
+    rounds = []
+    loop = jax.lax.while_loop
+
+    def counted(condition, body, start):
+        def count(state):
+            jax.debug.callback(lambda: rounds.append(1))
+            return body(state)
+
+        return loop(condition, count, start)
+
+    monkeypatch.setattr(jax.lax, "while_loop", counted)
+    for n in (255, 256):
+        rounds.clear()
+        labels = jnp.arange(n, dtype=jnp.int32) * 2**20 % 2**26 + jnp.arange(n, dtype=jnp.int32) // 64
+        jax.block_until_ready(jax.jit(_table.slots, static_argnums=2)(labels, labels >= 0, 2**26))
+        jax.effects_barrier()
+        assert len(rounds) < 12
+
+
+def test_an_array_of_rates_is_refused():
+    for size in (2, 3):
+        with pytest.raises(ValueError, match=rf"alpha must be a number.*got shape \({size},\)"):
+            jcl.update_centers(np.zeros((3, 2)), np.zeros((2, 2)), [0, 1], alpha=np.ones(size))
