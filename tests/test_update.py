@@ -229,7 +229,7 @@ def test_no_stride_of_the_labels_makes_the_search_long(monkeypatch):
         labels = jnp.arange(n, dtype=jnp.int32) * 2**20 % 2**26 + jnp.arange(n, dtype=jnp.int32) // 64
         jax.block_until_ready(jax.jit(_table.slots, static_argnums=2)(labels, labels >= 0, 2**26))
         jax.effects_barrier()
-        assert len(rounds) < 12
+        assert 1 <= len(rounds) < 12
 
 
 def test_an_array_of_rates_is_refused():
