@@ -8,6 +8,7 @@ from jax_centerloss._distances import nearest_center as nearest_center
 from jax_centerloss._loss import center_loss as center_loss
 from jax_centerloss._loss import init_centers as init_centers
 from jax_centerloss._means import init_from_features as init_from_features
+from jax_centerloss._metrics import center_metrics as center_metrics
 from jax_centerloss._update import update_centers as update_centers
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _LAZY = {
 
 __all__ = [
     "center_loss",
+    "center_metrics",
     "distance_map",
     "from_torch",
     "init_centers",

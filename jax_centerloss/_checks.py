@@ -1,5 +1,6 @@
 """What is accepted, and the words of each error. Nothing here costs anything at run time under `jit`."""
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_centerloss._checkify import debug_check
@@ -24,6 +26,32 @@ def sizes(num_classes: int, feat_dim: int) -> tuple[int, int]:
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}.")
     return shape
+
+
+def sharding(out_sharding: NamedSharding | PartitionSpec, shape: tuple[int, int]) -> NamedSharding:
+    """Where a table of that shape is to lie, on the mesh of the context if `out_sharding` names none."""
+    if not isinstance(out_sharding, NamedSharding | PartitionSpec):
+        raise TypeError(
+            f"out_sharding must be a jax.sharding.PartitionSpec or NamedSharding, got {out_sharding!r}. "
+            'PartitionSpec("classes", None) splits centers by class over the axis "classes" of a mesh.'
+        )
+    if isinstance(out_sharding, PartitionSpec):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            raise ValueError(
+                f"out_sharding={out_sharding} needs a mesh: make the centers under `jax.set_mesh(mesh)`, or "
+                "pass `jax.sharding.NamedSharding(mesh, spec)`."
+            )
+        return sharding(NamedSharding(mesh, out_sharding), shape)
+    for name, size, axes in zip(("num_classes", "feat_dim"), shape, out_sharding.spec, strict=False):
+        axes = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+        shards = math.prod(out_sharding.mesh.shape[axis] for axis in axes)
+        if size % shards:
+            raise ValueError(
+                f"{name}={size} does not divide into {shards} shards, by out_sharding={out_sharding.spec}. "
+                f"Round it up to {-(-size // shards) * shards}: a class that no label names stays as it is."
+            )
+    return out_sharding
 
 
 def floating(dtype: DTypeLike, name: str, advice: str | None = None) -> None:
@@ -134,6 +162,14 @@ def _concrete(value: ArrayLike | None) -> bool:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return False
     return all(leaf.is_fully_addressable for leaf in leaves if isinstance(leaf, jax.Array))
+
+
+def previous(params: Any, centers: jax.Array) -> jax.Array:
+    """An earlier table, of the shape of the centers."""
+    earlier = table(params)
+    if earlier.shape != centers.shape:
+        raise ValueError(f"previous must be earlier centers {centers.shape}, got shape {earlier.shape}.")
+    return earlier
 
 
 def clip_range(clip: Clip) -> None:

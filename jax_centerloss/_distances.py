@@ -1,13 +1,17 @@
 """Distances to all centers: pure functions of the centers and the features."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _checks, _table
+from jax_centerloss import _checks, _placement, _table
 
 _CLASS_BLOCK = 1024  # Classes that nearest_center looks at in one go.
 _SAMPLED_CLASSES = 256  # Classes from which the shift of a distance map is taken, at most.
@@ -41,6 +45,32 @@ def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "h
     """
     centers = _checks.table(params)
     x = _checks.features(x, centers)
+    distances: jax.Array = _placement.auto_axes(
+        partial(distances_to, precision=precision), _placed(x, centers), centers, x
+    )
+    return distances
+
+
+def _placed(x: jax.Array, centers: jax.Array) -> NamedSharding | None:
+    """Of a distance map: over samples as `x` and over classes as the centers, which come first.
+
+    What lies over the same axis of the mesh can't both stay; it is the samples that travel.
+    """
+    batch, table = _placement.like(x, centers), _placement.like(centers, x)
+    if batch is None or table is None:
+        return None
+    classes = table.spec[0]
+    lead = [tuple(axis for axis in _axes(entry) if axis not in _axes(classes)) for entry in batch.spec[:-1]]
+    return NamedSharding(batch.mesh, P(*lead, classes))
+
+
+def _axes(entry: Any) -> tuple[Any, ...]:
+    """The axes of the mesh in one entry of a `PartitionSpec`."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+@partial(jax.jit, static_argnames="precision")
+def distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.PrecisionLike) -> jax.Array:
     middle = _middle(centers, _table.compute_dtype(x, centers))
     x, centers = _less(x, middle), _less(centers, middle)
     cross = jnp.einsum("...d,cd->...c", x, centers, precision=precision)
@@ -59,7 +89,7 @@ def _middle(centers: jax.Array, dtype: DTypeLike) -> jax.Array:
     center drags it away. So it is a mean over some of the centers in which those farther from it than half
     of them weigh less, and those that are not finite nothing.
     """
-    some = lax.stop_gradient(centers)[:: -(-centers.shape[0] // _SAMPLED_CLASSES)].astype(dtype)
+    some = lax.stop_gradient(_table.sample(centers, _SAMPLED_CLASSES)[1]).astype(dtype)
     middle = jnp.zeros(centers.shape[1], dtype)
     for _ in range(5):
         difference = some - middle[None]
@@ -98,7 +128,10 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
       [0, 1]
     """
     centers = _checks.table(params)
-    labels: jax.Array = _nearest(centers, _checks.features(x, centers))
+    x = _checks.features(x, centers)
+    batch = _placement.like(x, centers)
+    placed = None if batch is None else NamedSharding(batch.mesh, P(*batch.spec[:-1]))
+    labels: jax.Array = _placement.auto_axes(_nearest, placed, centers, x)
     return labels
 
 
@@ -106,22 +139,29 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
 def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
     middle = _middle(centers, _table.compute_dtype(x, centers))
     x = _less(x, middle)
-    num_classes = centers.shape[0]
-    block = min(num_classes, _CLASS_BLOCK)
+    # A shard is one stripe or several, so that each device looks at its own classes only.
+    stripes = _placement.stripes(centers)
+    length = centers.shape[0] // stripes
+    striped = centers.reshape(stripes, length, -1)
+    block = min(length, max(1, _CLASS_BLOCK // stripes))
+    first = jnp.arange(stripes, dtype=jnp.int32) * length
+    lead = (1,) * (x.ndim - 1)
 
     def look(i: ArrayLike, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         # The last block slides back to fit, so it may look at some classes twice.
-        start = jnp.minimum(jnp.asarray(i, jnp.int32) * block, num_classes - block)
-        part = _less(lax.dynamic_slice_in_dim(centers, start, block), middle)
-        cross = jnp.einsum("...d,cd->...c", x, part, precision="highest")
+        start = jnp.minimum(jnp.asarray(i, jnp.int32) * block, length - block)
+        part = _less(lax.dynamic_slice_in_dim(striped, start, block, axis=1), middle)
+        cross = jnp.einsum("...d,scd->...sc", x, part, precision="highest")
         # |x|² is the same for every class and only costs digits.
-        score = jnp.sum(part * part, -1).reshape((1,) * (x.ndim - 1) + (-1,)) - 2 * cross
+        score = jnp.sum(part * part, -1).reshape(*lead, stripes, block) - 2 * cross
         score = jnp.where(jnp.isnan(score), jnp.full((), jnp.inf, score.dtype), score)
-        index = jnp.argmin(score, axis=-1).astype(jnp.int32)
+        index = jnp.argmin(score, axis=-1).astype(jnp.int32) + (first + start).reshape(*lead, stripes)
         value = jnp.min(score, axis=-1)
-        return jnp.where(value < best[0], value, best[0]), jnp.where(value < best[0], index + start, best[1])
+        return jnp.where(value < best[0], value, best[0]), jnp.where(value < best[0], index, best[1])
 
-    none = jnp.full(x.shape[:-1], jnp.inf, x.dtype), jnp.full(x.shape[:-1], -1, jnp.int32)
+    shape = *x.shape[:-1], stripes
+    none = jnp.full(shape, jnp.inf, x.dtype), jnp.full(shape, -1, jnp.int32)
     # The first block stands outside: inside shard_map it settles over which axes the result varies.
-    _, labels = lax.fori_loop(1, -(-num_classes // block), look, look(0, none))
-    return jnp.asarray(labels)
+    value, labels = lax.fori_loop(1, -(-length // block), look, look(0, none))
+    nearest = value == jnp.min(value, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(nearest, labels, np.int32(centers.shape[0])), axis=-1)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.nn.initializers import normal
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _checks, _table
+from jax_centerloss import _checks, _placement, _table
 from jax_centerloss._checks import Clip, ReduceFn
 from jax_centerloss._table import AxisName
 
@@ -23,6 +24,7 @@ def init_centers(
     *,
     initializer: jax.nn.initializers.Initializer = normal(1.0),
     dtype: DTypeLike = jnp.float32,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
 ) -> dict[str, jax.Array]:
     """Draws one center per class.
 
@@ -32,13 +34,17 @@ def init_centers(
       feat_dim: D, the size of a feature vector, at least 1.
       initializer: draws the table; N(0, 1) by default, as in the PyTorch module.
       dtype: floating-point dtype of the table.
+      out_sharding: where the table lies: a `PartitionSpec`, under `jax.set_mesh(mesh)`, or a `NamedSharding`.
+        `PartitionSpec("classes", None)` splits it by class over the axis "classes" of the mesh. Every device
+        draws its own part, with the numbers that the whole table has without a mesh.
 
     Returns:
       `{"centers": array}`, the array of shape `(C, D)`.
 
     Raises:
-      ValueError: if a size is below 1.
-      TypeError: if a size is not an integer or `dtype` is not floating point.
+      ValueError: if a size is below 1 or does not divide by its shards, or a `PartitionSpec` comes without
+        a mesh.
+      TypeError: if a size is not an integer, `dtype` is not floating point, or `out_sharding` is neither.
 
     Example:
       >>> import jax, jax_centerloss
@@ -47,7 +53,11 @@ def init_centers(
       (10, 2)
     """
     _checks.floating(dtype, "dtype", "Centers are drawn as floats: take jnp.float32 or jnp.bfloat16, say.")
-    return {"centers": initializer(key, _checks.sizes(num_classes, feat_dim), dtype)}
+    shape = _checks.sizes(num_classes, feat_dim)
+    if out_sharding is None:
+        return {"centers": initializer(key, shape, dtype)}
+    sharding = _checks.sharding(out_sharding, shape)
+    return {"centers": _placement.drawn(lambda key: initializer(key, shape, dtype), key, sharding)}
 
 
 def center_loss(
@@ -111,12 +121,19 @@ def center_loss(
     losses = own_class_losses(rows, x, known, used, clip=clip, num_classes=centers.shape[0])
     if reduce_fn is None:
         return losses
-    total = jnp.sum(losses)
-    if axis_name is not None:
-        total = lax.psum(total, axis_name)
-    if reduce_fn is jnp.sum:
-        return total
-    return total / jnp.maximum(count(used, axis_name), 1).astype(total.dtype)
+    return (total if reduce_fn is jnp.sum else mean)(losses, used, axis_name)
+
+
+def total(values: jax.Array, used: jax.Array, axis_name: AxisName = None) -> jax.Array:
+    """Their sum over the used samples of the whole batch."""
+    number = jnp.sum(jnp.where(used, values, jnp.zeros((), values.dtype)))
+    return number if axis_name is None else lax.psum(number, axis_name)
+
+
+def mean(values: jax.Array, used: jax.Array, axis_name: AxisName = None) -> jax.Array:
+    """Their mean over the used samples of the whole batch; 0 if there are none."""
+    number = jnp.maximum(count(used, axis_name), 1)
+    return total(values, used, axis_name) / number.astype(values.dtype)
 
 
 def count(used: jax.Array, axis_name: AxisName = None) -> jax.Array:

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jax_centerloss import _checks, _table
+from jax_centerloss import _checks, _placement, _table
 from jax_centerloss._table import AxisName
-from jax_centerloss._update import pull
+from jax_centerloss._update import RULES, pull
 
 # Rows that each step of the trial touches, and how large their gradients are: tiny, usual, and huge for what
 # clips. Some come back, some come late.
@@ -116,12 +116,32 @@ def row_optimizer(tx: optax.GradientTransformation) -> RowOptimizer:
         axis_name: AxisName = None,
         after: Any = None,
     ) -> tuple[Any, Any]:
-        centers, pulls = pull(params, x, labels, rule=rule, where=where, axis_name=axis_name, after=after)
+        centers = _checks.table(params)
+        batch = _checks.batch(x, labels, where, centers)
+        _checks.choice("rule", rule, RULES)
         _checks.state(state, jax.eval_shape(partial(_init, tx), centers), centers)
+        placed = jax.tree.map(lambda a: _placement.like(a, centers), (centers, state))
+        centers, state = _placement.auto_axes(
+            partial(moved, rule=rule, axis_name=axis_name), placed, centers, state, *batch, after
+        )
+        return jax.tree.unflatten(jax.tree.structure(params), [centers]), state
+
+    @partial(jax.jit, static_argnames=("rule", "axis_name"))
+    def moved(
+        centers: jax.Array,
+        state: Any,
+        x: jax.Array,
+        labels: jax.Array,
+        used: jax.Array,
+        after: Any,
+        *,
+        rule: str,
+        axis_name: AxisName,
+    ) -> tuple[jax.Array, Any]:
+        pulls = pull(centers, x, labels, used, after, rule=rule, axis_name=axis_name)
         sums = _table.sum_by_slot(pulls.difference, pulls.slot, pulls.classes.shape[0])
         steps, state = _step(tx, centers, state, pulls.classes, -pulls.scale[:, None] * sums)
-        centers = _table.add_rows(centers, pulls.classes, steps)
-        return jax.tree.unflatten(jax.tree.structure(params), [centers]), state
+        return _table.add_rows(centers, pulls.classes, steps), state
 
     return RowOptimizer(init, update)
 

@@ -1,4 +1,4 @@
-"""The class table: the one place that knows index modes, placement and in-place writes."""
+"""The class table: the one place that knows index modes and in-place writes."""
 
 from collections.abc import Hashable
 from functools import partial
@@ -8,7 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AbstractMesh
 from jax.typing import ArrayLike
+
+from jax_centerloss import _placement
 
 AxisName = Hashable | None
 
@@ -21,33 +25,65 @@ def compute_dtype(*arrays: jax.Array) -> Any:
     return jnp.float64 if any(a.dtype == jnp.float64 for a in arrays) else jnp.float32
 
 
-def read_rows(centers: jax.Array, labels: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A row for each sample, and where the label names a class at all: elsewhere the row is any.
+def read_rows(centers: jax.Array, labels: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A row for each sample, placed as `x` is, and where the label names a class at all: elsewhere it is any.
 
     Reads by `labels` alone, in one form, so that every read of one step is the same read; masks come after.
-    `like` gives the placement.
     """
     num_classes = centers.shape[0]
     known = (labels >= 0) & (labels < num_classes)
-    rows = centers.at[jnp.clip(labels, 0, num_classes - 1)].get(
-        mode="promise_in_bounds", out_sharding=jax.typeof(like).sharding
+    return _rows_at(centers, jnp.clip(labels, 0, num_classes - 1), x), known
+
+
+@jax.custom_jvp
+def _rows_at(centers: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
+    return centers.at[index].get(mode="promise_in_bounds", out_sharding=_placement.like(x, centers))
+
+
+@partial(_rows_at.defjvp, symbolic_zeros=True)
+def _rows_at_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """The same read, but of a batch that is whole on every device: its transpose then is no sum of tables."""
+    centers, index, x = primals
+    rows = _rows_at(centers, index, x)
+    if isinstance(tangents[0], SymbolicZero):  # Not made into a table of zeros.
+        return rows, jnp.zeros_like(rows)
+    mesh = _placement.mesh_of(centers, index, x)
+    index = _placement.whole(mesh, index)
+    moved = (
+        tangents[0]
+        .at[index]
+        .get(mode="promise_in_bounds", out_sharding=_placement.like(index[..., None], centers))
     )
-    return rows, known
+    (moved,) = jax.linear_transpose(partial(_placement.whole, mesh), rows)(moved)
+    return rows, moved
 
 
-def gather_batch(axis_name: AxisName, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The whole batch on every device of `axis_name`: each array with a leading axis of devices."""
-    if axis_name is None:
-        return arrays
+def sample(centers: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+    """At most `number` classes, all if there are no more and else evenly over the table, and their rows."""
+    last = centers.shape[0] - 1
+    classes = jnp.asarray(np.linspace(0, last, min(last + 1, number)).round(), jnp.int32)
+    return classes, rows_of(centers, classes)
 
-    def gather(a: jax.Array) -> jax.Array:
-        # A sum of disjoint parts rather than all_gather: its result is known to be the same on every
-        # device, which shard_map asks of centers that leave it replicated.
-        parts = jnp.zeros((lax.psum(1, axis_name), *a.shape), jnp.int32 if a.dtype == jnp.bool_ else a.dtype)
-        whole: jax.Array = lax.psum(parts.at[lax.axis_index(axis_name)].set(a.astype(parts.dtype)), axis_name)
-        return whole.astype(a.dtype)
 
-    return tuple(gather(a) for a in arrays)
+def gather_batch(
+    axis_name: AxisName, mesh: AbstractMesh | None, labels: jax.Array, *values: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The whole batch on every device, with the axes of the labels, and the mapped one, made one."""
+    arrays, ndim = (labels, *values), labels.ndim
+    if axis_name is not None:
+        arrays, ndim = tuple(_over_axis(axis_name, a) for a in arrays), ndim + 1
+    labels, *rest = (a.reshape(-1, *a.shape[ndim:]) for a in arrays)
+    if mesh is not None:  # Else the sums of the values come out whole, as long as the labels are.
+        rest = [_placement.whole(mesh, a) for a in rest]
+    return _placement.whole(mesh, labels), *rest
+
+
+def _over_axis(axis_name: AxisName, a: jax.Array) -> jax.Array:
+    # A sum of disjoint parts rather than all_gather: its result is known to be the same on every
+    # device, which shard_map asks of centers that leave it replicated.
+    parts = jnp.zeros((lax.psum(1, axis_name), *a.shape), jnp.int32 if a.dtype == jnp.bool_ else a.dtype)
+    total: jax.Array = lax.psum(parts.at[lax.axis_index(axis_name)].set(a.astype(parts.dtype)), axis_name)
+    return total.astype(a.dtype)
 
 
 @partial(jax.jit, static_argnums=2)  # Else every call outside of jit would compile the search anew.

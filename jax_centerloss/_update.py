@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jax_centerloss import _checks, _loss, _table
+from jax_centerloss import _checks, _loss, _placement, _table
 from jax_centerloss._table import AxisName
 
 RULES = ("paper", "gradient")
@@ -71,20 +71,41 @@ def update_centers(
       Wen et al, A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016
       (https://doi.org/10.1007/978-3-319-46478-7_31).
     """
-    centers, pulls = pull(params, x, labels, rule=rule, where=where, axis_name=axis_name, after=after)
+    centers = _checks.table(params)
+    batch = _checks.batch(x, labels, where, centers)
+    _checks.choice("rule", rule, RULES)
     _checks.scalar("alpha", alpha)
-    rates = jnp.asarray(alpha, pulls.scale.dtype) * pulls.scale
+    moved = _placement.auto_axes(
+        partial(_moved, rule=rule, axis_name=axis_name),
+        _placement.like(centers),
+        *(centers, *batch, jnp.asarray(alpha), after),
+    )
+    return jax.tree.unflatten(jax.tree.structure(params), [moved])
+
+
+@partial(jax.jit, static_argnames=("rule", "axis_name"))
+def _moved(
+    centers: jax.Array,
+    x: jax.Array,
+    labels: jax.Array,
+    used: jax.Array,
+    alpha: jax.Array,
+    after: Any,
+    *,
+    rule: str,
+    axis_name: AxisName,
+) -> jax.Array:
+    pulls = pull(centers, x, labels, used, after, rule=rule, axis_name=axis_name)
+    rates = alpha.astype(pulls.scale.dtype) * pulls.scale
     number, block = pulls.classes.shape[0], max(1, _BLOCK // centers.shape[1])
-    if isinstance(number, int) and number > block:
-        centers = lax.platform_dependent(
-            centers, pulls, rates, cpu=partial(_move, block=block), default=partial(_move, block=number)
-        )
-    else:
-        centers = _move(centers, pulls, rates, block=number)
-    return jax.tree.unflatten(jax.tree.structure(params), [centers])
+    if not isinstance(number, int) or number <= block:
+        return _move(centers, pulls, rates, block=number)
+    moved: jax.Array = lax.platform_dependent(
+        centers, pulls, rates, cpu=partial(_move, block=block), default=partial(_move, block=number)
+    )
+    return moved
 
 
-@partial(jax.jit, static_argnames="block")
 def _move(centers: jax.Array, pulls: "Pulls", rates: jax.Array, *, block: int) -> jax.Array:
     """The centers after the sum of each class's differences, times its rate, is added to it.
 
@@ -118,35 +139,33 @@ class Pulls(NamedTuple):
 
 
 def pull(
-    params: Any,
-    x: ArrayLike,
-    labels: ArrayLike,
+    centers: jax.Array,
+    x: jax.Array,
+    labels: jax.Array,
+    used: jax.Array,
+    after: Any,
     *,
     rule: str,
-    where: ArrayLike | None,
     axis_name: AxisName,
-    after: Any,
-) -> tuple[jax.Array, Pulls]:
-    """The centers and what the batch asks of them, by `rule`, for a rate of one."""
-    centers = _checks.table(params)
-    x, labels, used = _checks.batch(x, labels, where, centers)
-    _checks.choice("rule", rule, RULES)
+) -> Pulls:
+    """What the batch asks of the centers by `rule`, for a rate of one: whole on every device."""
     rows, known = _table.read_rows(centers, labels, x)
     dtype = _table.compute_dtype(x, rows)
     x, rows = x.astype(dtype), rows.astype(dtype)
     # The very terms of `center_loss`, which XLA then computes once for both.
     difference, distance = x - rows, _loss.squared_distance(x, rows, known, used)
-    used = used & known
+    labels = jnp.where(used & known, labels, centers.shape[0])
     low, high = _loss.CLIP
-    passes = used & (distance >= low) & (distance <= high) if rule == "gradient" else used
-    difference, labels, used, passes, distance = (
-        a.reshape(-1, *a.shape[x.ndim - 1 + (axis_name is not None) :])
-        for a in _table.gather_batch(axis_name, difference, labels, used, passes, distance)
+    labels, difference, finite, passes = _table.gather_batch(
+        axis_name,
+        _placement.mesh_of(centers, x, labels),
+        *(labels, difference, jnp.isfinite(distance), (distance >= low) & (distance <= high)),
     )
+    used = labels < centers.shape[0]
     slot, classes = _table.slots(labels, used, centers.shape[0])
     # NaN and infinity show in the count of their class, and so in its center, also where the clamp cuts.
     # Counts are exact up to 2**24 samples of one class in a batch.
-    samples = jnp.where(jnp.isfinite(distance), np.ones((), dtype), np.full((), np.nan, dtype))
+    samples = jnp.where(finite, np.ones((), dtype), np.full((), np.nan, dtype))
     counts = _table.sum_by_slot(samples, slot, classes.shape[0])
     if rule == "paper":
         scale = 1 / (1 + counts)
@@ -154,4 +173,4 @@ def pull(
         scale = jnp.where(jnp.isnan(counts), counts, 2 / jnp.maximum(_loss.count(used), 1).astype(dtype))
         slot = jnp.where(passes, slot, _table.NO_SLOT)
     classes = jnp.where((counts != 0) & _table.always(after), classes, centers.shape[0])
-    return centers, Pulls(difference, slot, classes, scale)
+    return Pulls(difference, slot, classes, scale)

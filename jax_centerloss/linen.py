@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import normal
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_centerloss import _checks, _loss, _update
@@ -27,6 +28,7 @@ class CenterLoss(nn.Module):
       centers_init: draws the `(C, D)` centers; N(0, 1) by default.
       centers_as: `"param"`, a parameter for the optimizer, or `"state"`, kept in the collection `"centers"`
         as batch statistics are in theirs: no gradient, and each call with `mutable=["centers"]` moves it.
+      out_sharding: see `jax_centerloss.init_centers`.
       alpha: the rate of centers that are state; see `jax_centerloss.update_centers`.
       rule: `"paper"` or `"gradient"`, for centers that are state; see `jax_centerloss.update_centers`.
 
@@ -55,6 +57,7 @@ class CenterLoss(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     centers_init: jax.nn.initializers.Initializer = normal(1.0)
     centers_as: str = "param"
+    out_sharding: NamedSharding | PartitionSpec | None = None
     alpha: float = 0.5
     rule: str = "paper"
 
@@ -64,7 +67,12 @@ class CenterLoss(nn.Module):
 
         def draw(key: jax.Array) -> jax.Array:
             drawn = _loss.init_centers(
-                key, self.num_classes, self.feat_dim, initializer=self.centers_init, dtype=self.param_dtype
+                key,
+                self.num_classes,
+                self.feat_dim,
+                initializer=self.centers_init,
+                dtype=self.param_dtype,
+                out_sharding=self.out_sharding,
             )
             return drawn["centers"]
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_centerloss import _checks, _loss, _update
@@ -15,6 +16,15 @@ from jax_centerloss._table import AxisName
 
 class Centers(nnx.Variable[jax.Array]):
     """Centers that are moved by rule: not an `nnx.Param`, of which gradients are taken."""
+
+
+def _sharding_metadata(out_sharding: NamedSharding | PartitionSpec | None) -> dict[str, Any]:
+    if out_sharding is None:
+        return {}
+    if hasattr(nnx, "use_eager_sharding"):
+        return {"out_sharding": out_sharding}
+    # Flax 0.11 knows the names of axes only.
+    return {"sharding": out_sharding.spec if isinstance(out_sharding, NamedSharding) else out_sharding}
 
 
 class CenterLoss(nnx.Module):
@@ -33,6 +43,8 @@ class CenterLoss(nnx.Module):
       centers_init: draws the `(C, D)` centers; N(0, 1) by default.
       centers_as: `"param"`, an `nnx.Param` for the optimizer, or `"state"`, a variable that is no parameter,
         of which no gradient is made: `update_centers` moves it, or a `jax_centerloss.row_optimizer`.
+      out_sharding: see `jax_centerloss.init_centers`; it is also the metadata that `nnx.get_partition_spec`
+        reads.
       rngs: the `params` stream draws the centers.
 
     Raises:
@@ -63,6 +75,7 @@ class CenterLoss(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         centers_init: jax.nn.initializers.Initializer = normal(1.0),
         centers_as: str = "param",
+        out_sharding: NamedSharding | PartitionSpec | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         _checks.choice("centers_as", centers_as, _checks.CENTERS_AS)
@@ -70,10 +83,16 @@ class CenterLoss(nnx.Module):
         self.reduce_fn = reduce_fn
         self.axis_name = axis_name
         drawn = _loss.init_centers(
-            rngs.params(), num_classes, feat_dim, initializer=centers_init, dtype=param_dtype
+            rngs.params(),
+            num_classes,
+            feat_dim,
+            initializer=centers_init,
+            dtype=param_dtype,
+            out_sharding=out_sharding,
         )
         self.num_classes, self.feat_dim = drawn["centers"].shape
-        self.centers = (nnx.Param if centers_as == "param" else Centers)(drawn["centers"])
+        kind = nnx.Param if centers_as == "param" else Centers
+        self.centers = kind(drawn["centers"], **_sharding_metadata(out_sharding))
 
     def __call__(self, x: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
         """The loss of features `(..., D)` with integer labels `(...)`, where `where` `(...)` is true."""

@@ -1,0 +1,82 @@
+"""Where arrays lie on a mesh of devices: the one place that knows the kinds of axes."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
+
+
+def mesh_of(*arrays: ArrayLike) -> AbstractMesh | None:
+    """The mesh that the arrays are placed on, where tracing shows it."""
+    meshes = (getattr(jax.typeof(a).sharding, "mesh", None) for a in arrays)
+    return next((mesh for mesh in meshes if mesh is not None and not mesh.empty), None)
+
+
+def like(array: jax.Array, *others: jax.Array) -> NamedSharding | None:
+    """The placement of `array`; on the mesh of `others`, whole on every device, if it has none of its own."""
+    if mesh_of(array) is not None:
+        sharding: NamedSharding = jax.typeof(array).sharding
+        return sharding
+    mesh = mesh_of(*others)
+    return None if mesh is None else NamedSharding(mesh, P(*(None,) * array.ndim))
+
+
+def auto_axes(function: Callable[..., Any], out_sharding: Any, *args: Any) -> Any:
+    """`function(*args)`, in which axes that are Explicit are Auto; what it returns is placed as given."""
+    mesh = mesh_of(*jax.tree.leaves(args))
+    explicit = () if mesh is None else _explicit(mesh)
+    if not explicit:
+        return function(*args)
+    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=out_sharding)(*args)
+
+
+def _explicit(mesh: AbstractMesh | Mesh) -> tuple[Any, ...]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind is AxisType.Explicit)
+
+
+def drawn(draw: Callable[[jax.Array], Any], key: jax.Array, sharding: NamedSharding) -> Any:
+    """`draw(key)`, of which every device draws its own part."""
+    if explicit := _explicit(sharding.mesh):
+        # Else the table would be Explicit, and so whole on every device, until it is done.
+        draw = jax.sharding.auto_axes(draw, axes=explicit, out_sharding=sharding)
+    return jax.jit(draw, out_shardings=sharding)(key)
+
+
+def whole(mesh: AbstractMesh | None, array: jax.Array) -> jax.Array:
+    """`array` whole on every device of `mesh`.
+
+    For batches, before they are written to a table: of a scatter whose updates are spread over devices XLA
+    makes one table for each part of them, and adds the tables up.
+    """
+    if mesh is None:
+        if jax.device_count() == 1 or not array.ndim:
+            return array
+        # The program may still run on many devices, which are not known yet. What is read at indices that
+        # are the same everywhere, and that XLA can't see through, is whole everywhere.
+        zero = lax.optimization_barrier(jnp.zeros((), jnp.int32))
+        order = jnp.arange(array.shape[0], dtype=jnp.int32) + zero
+        return array.at[order].get(mode="promise_in_bounds", unique_indices=True)
+    if AxisType.Manual in mesh.axis_types:
+        return array
+    sharding = NamedSharding(mesh, P(*(None,) * array.ndim))
+    if AxisType.Explicit in mesh.axis_types:
+        array = jax.sharding.reshard(array, sharding)
+    else:
+        array = lax.with_sharding_constraint(array, sharding)
+    return array
+
+
+def stripes(centers: jax.Array) -> int:
+    """Into how many equal parts, of consecutive classes, a table can be cut without cutting through a shard.
+
+    Auto axes don't show how many shards there are, but it is a divisor of the number of devices.
+    """
+    mesh = mesh_of(centers)
+    return math.gcd(centers.shape[0], jax.device_count() if mesh is None else mesh.size)

@@ -1,0 +1,92 @@
+"""Centers and batches wherever they lie: the numbers of one device, and no more travels than the batch."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from placements import PLACEMENTS, collectives, put, shapes
+
+import jax_centerloss as jcl
+
+C, D, N = 1000, 16, 64
+ADAM = jcl.row_optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)))
+
+
+def gradients(c, x, y, w):
+    return jax.grad(lambda c, x: jcl.center_loss(c, x, y, where=w), (0, 1))(c, x)
+
+
+# Of the centers, a state by rows, features, labels and a mask.
+FUNCTIONS = {
+    "losses": lambda c, s, x, y, w: jcl.center_loss(c, x, y, where=w, reduce_fn=None),
+    "dense step": lambda c, s, x, y, w: c - 0.5 * gradients(c, x, y, w)[0],
+    "gradients": lambda c, s, x, y, w: gradients(c, x, y, w),
+    "paper": lambda c, s, x, y, w: jcl.update_centers(c, x, y, where=w),
+    "gradient": lambda c, s, x, y, w: jcl.update_centers(c, x, y, where=w, rule="gradient"),
+    "adam": lambda c, s, x, y, w: ADAM.update(c, s, x, y, where=w),
+    "distances": lambda c, s, x, y, w: jcl.distance_map(c, x),
+    "nearest": lambda c, s, x, y, w: jcl.nearest_center(c, x),
+    "metrics": lambda c, s, x, y, w: jcl.center_metrics(c, x, y, where=w, previous=c - 1.0),
+}
+# What moves centers, and which of the arguments it is given to write in place.
+STEPS = {"dense step": (0,), "paper": (0,), "gradient": (0,), "adam": (0, 1)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def promotion():
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it.
+        yield
+
+
+def arguments():
+    rng = np.random.default_rng(0)
+    centers = rng.normal(size=(C, D)).astype(np.float32)
+    # Over the devices unevenly: class 3 on all, class 7 on the first only, classes of all shards.
+    labels = rng.integers(0, C, N).astype(np.int32)
+    labels[:4], labels[::8], labels[5::16] = 7, 3, -1
+    x = (centers[np.maximum(labels, 0)] + rng.normal(size=(N, D))).astype(np.float32)
+    where = np.arange(N) % 11 != 0
+    return {"table": centers, "table state": ADAM.init(centers), "x": x, "labels": labels, "where": where}
+
+
+@pytest.fixture(scope="module")
+def single():
+    """What the functions return on one device."""
+    given = arguments().values()
+    return {name: jax.jit(function)(*given) for name, function in FUNCTIONS.items()}
+
+
+def assert_equal(result, single):
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(single), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def assert_stays(result, placement, before):
+    """Centers and state lie where they did, and their type says so too."""
+    for leaf in jax.tree.leaves(result):
+        if leaf.ndim:
+            assert leaf.sharding.is_equivalent_to(placement.of("table", 2), 2)
+            assert jax.typeof(leaf).sharding == before.sharding
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+def test_equals_one_device_and_travel_does_not_grow_with_the_classes(placement, name, single):
+    given = put(placement, arguments())
+    before = jax.typeof(given[0])
+    with placement.entered():
+        step = jax.jit(FUNCTIONS[name], donate_argnums=STEPS.get(name, ()))
+        programs = {
+            classes: step.lower(*shapes(placement, arguments(), classes)).compile()
+            # These two look at up to 1,024 classes in one go, at fewer if there are no more.
+            for classes in (2 * C if name in ("nearest", "metrics") else C, 1_000_000)
+        }
+        result = step(*given)
+    assert_equal(result, single[name])
+    if name in STEPS:
+        assert_stays(result, placement, before)
+    small, large = (collectives(program.as_text()) for program in programs.values())
+    assert small == large
+    if name in STEPS and name != "dense step":
+        small, large = (program.memory_analysis().temp_size_in_bytes for program in programs.values())
+        assert small == large <= 6 * N * D * 4 + 64 * 1024
