@@ -1,6 +1,5 @@
 """Distances to all centers: pure functions of the centers and the features."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -45,13 +44,11 @@ def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "h
     """
     centers = _checks.table(params)
     x = _checks.features(x, centers)
-    distances: jax.Array = _placement.auto_axes(
-        partial(distances_to, precision=precision), _placed(x, centers), centers, x
-    )
+    distances: jax.Array = distances_to(centers, x, precision=precision)
     return distances
 
 
-def _placed(x: jax.Array, centers: jax.Array) -> NamedSharding | None:
+def _placed(centers: jax.Array, x: jax.Array) -> NamedSharding | None:
     """Of a distance map: over samples as `x` and over classes as the centers, which come first.
 
     What lies over the same axis of the mesh can't both stay; it is the samples that travel.
@@ -69,7 +66,7 @@ def _axes(entry: Any) -> tuple[Any, ...]:
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
-@partial(jax.jit, static_argnames="precision")
+@_placement.any_mesh(_placed, static_argnames="precision")
 def distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.PrecisionLike) -> jax.Array:
     middle = _middle(centers, _table.compute_dtype(x, centers))
     x, centers = _less(x, middle), _less(centers, middle)
@@ -129,13 +126,16 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
     """
     centers = _checks.table(params)
     x = _checks.features(x, centers)
-    batch = _placement.like(x, centers)
-    placed = None if batch is None else NamedSharding(batch.mesh, P(*batch.spec[:-1]))
-    labels: jax.Array = _placement.auto_axes(_nearest, placed, centers, x)
+    labels: jax.Array = _nearest(centers, x)
     return labels
 
 
-@jax.jit  # Else every call outside of jit would compile the loop anew.
+def _placed_as_samples(centers: jax.Array, x: jax.Array) -> NamedSharding | None:
+    batch = _placement.like(x, centers)
+    return None if batch is None else NamedSharding(batch.mesh, P(*batch.spec[:-1]))
+
+
+@_placement.any_mesh(_placed_as_samples)
 def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
     middle = _middle(centers, _table.compute_dtype(x, centers))
     x = _less(x, middle)

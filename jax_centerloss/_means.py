@@ -2,15 +2,16 @@
 
 import warnings
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jax_centerloss import _checks, _table
+from jax_centerloss import _checks, _placement, _table
 
 _NAMED = 8  # Classes that the warning lists.
 
@@ -44,8 +45,7 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
     """
     centers = _checks.table(params)
     # A copy, which can be donated from batch to batch; half precision would not hold a running mean.
-    means = jnp.array(centers, _table.compute_dtype(centers))
-    counts = jnp.zeros(centers.shape[0], jnp.int32)
+    means, counts = _start(centers)
     for batch in batches:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             found = f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, tuple | list) else ''}"
@@ -57,21 +57,40 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
         if any(isinstance(a, jax.core.Tracer) for a in (centers, x, labels)):
             raise TypeError("init_from_features loops over a stream of batches: call it outside of jit.")
         means, counts = _add(means, counts, x, labels, used)
-    unseen = np.flatnonzero(np.asarray(counts) == 0)
-    if unseen.size:
-        names = ", ".join(map(str, unseen[:_NAMED])) + (", ..." if unseen.size > _NAMED else "")
+    number, first = _unseen(counts)
+    if number:
+        names = ", ".join(map(str, np.asarray(first)[:number])) + (", ..." if number > _NAMED else "")
         warnings.warn(
-            f"{unseen.size} of {counts.size} classes were never seen and keep their centers: {names}.",
+            f"{number} of {counts.size} classes were never seen and keep their centers: {names}.",
             stacklevel=2,
         )
     return jax.tree.unflatten(jax.tree.structure(params), [means.astype(centers.dtype)])
 
 
-@partial(jax.jit, donate_argnums=(0, 1))
+def _placed(centers: jax.Array, *_: jax.Array) -> tuple[NamedSharding, NamedSharding] | None:
+    table = _placement.like(centers)
+    return None if table is None else (table, NamedSharding(table.mesh, P(table.spec[0])))
+
+
+@_placement.any_mesh(_placed)
+def _start(centers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # A copy, which can be donated from batch to batch; half precision would not hold a running mean.
+    return jnp.array(centers, _table.compute_dtype(centers)), jnp.zeros(centers.shape[0], jnp.int32)
+
+
+@_placement.any_mesh(_placement.everywhere)
+def _unseen(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    unseen = counts == 0
+    first = jnp.flatnonzero(unseen, size=_NAMED, fill_value=counts.shape[0])
+    return jnp.sum(unseen, dtype=jnp.int32), _placement.whole(_placement.mesh_of(counts), first)
+
+
+@_placement.any_mesh(_placed, donate_argnums=(0, 1))
 def _add(
     means: jax.Array, counts: jax.Array, x: jax.Array, labels: jax.Array, used: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    x, labels, used = x.reshape(-1, x.shape[-1]), labels.reshape(-1), used.reshape(-1)
+    mesh = _placement.mesh_of(means, x, labels)
+    labels, x, used = _table.gather_batch(None, mesh, labels, x, used)
     x = x.astype(_table.compute_dtype(x, means))
     slot, classes = _table.slots(labels, used, means.shape[0])
     number = classes.shape[0]

@@ -1,6 +1,5 @@
 """What tells a user that training works: pure functions of the centers and a batch of features."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -73,14 +72,11 @@ def center_metrics(
     x, labels, used = _checks.batch(x, labels, where, centers)
     if previous is not None:
         previous = _checks.previous(previous, centers)
-    sharding = _placement.like(jnp.zeros((), x.dtype), centers, x)
-    metrics: dict[str, jax.Array] = _placement.auto_axes(
-        partial(_metrics, axis_name=axis_name), sharding, centers, x, labels, used, previous
-    )
+    metrics: dict[str, jax.Array] = _metrics(centers, x, labels, used, previous, axis_name=axis_name)
     return metrics
 
 
-@partial(jax.jit, static_argnames="axis_name")
+@_placement.any_mesh(_placement.everywhere, static_argnames="axis_name")
 def _metrics(
     centers: jax.Array,
     x: jax.Array,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -27,13 +28,31 @@ def like(array: jax.Array, *others: jax.Array) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, P(*(None,) * array.ndim))
 
 
-def auto_axes(function: Callable[..., Any], out_sharding: Any, *args: Any) -> Any:
-    """`function(*args)`, in which axes that are Explicit are Auto; what it returns is placed as given."""
-    mesh = mesh_of(*jax.tree.leaves(args))
-    explicit = () if mesh is None else _explicit(mesh)
-    if not explicit:
-        return function(*args)
-    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=out_sharding)(*args)
+def everywhere(*arrays: Any) -> NamedSharding | None:
+    """On every device of the mesh of `arrays`, whole."""
+    mesh = mesh_of(*jax.tree.leaves(arrays))
+    return None if mesh is None else NamedSharding(mesh, P())
+
+
+def any_mesh(placed: Callable[..., Any], **jit: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiles a function of arrays as one program, in which axes that are Explicit are Auto.
+
+    `placed(*arrays)` says where the results lie if there are such axes; on Auto axes XLA finds it out.
+    """
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        @partial(jax.jit, **jit)
+        @wraps(function)
+        def program(*arrays: Any, **static: Any) -> Any:
+            inside = partial(function, **static)
+            mesh = mesh_of(*jax.tree.leaves(arrays))
+            if explicit := () if mesh is None else _explicit(mesh):
+                inside = jax.sharding.auto_axes(inside, axes=explicit, out_sharding=placed(*arrays))
+            return inside(*arrays)
+
+        return program
+
+    return wrap
 
 
 def _explicit(mesh: AbstractMesh | Mesh) -> tuple[Any, ...]:

@@ -120,13 +120,13 @@ def row_optimizer(tx: optax.GradientTransformation) -> RowOptimizer:
         batch = _checks.batch(x, labels, where, centers)
         _checks.choice("rule", rule, RULES)
         _checks.state(state, jax.eval_shape(partial(_init, tx), centers), centers)
-        placed = jax.tree.map(lambda a: _placement.like(a, centers), (centers, state))
-        centers, state = _placement.auto_axes(
-            partial(moved, rule=rule, axis_name=axis_name), placed, centers, state, *batch, after
-        )
+        centers, state = moved(centers, state, *batch, after, rule=rule, axis_name=axis_name)
         return jax.tree.unflatten(jax.tree.structure(params), [centers]), state
 
-    @partial(jax.jit, static_argnames=("rule", "axis_name"))
+    def placed(centers: jax.Array, state: Any, *_: Any) -> Any:
+        return jax.tree.map(lambda leaf: _placement.like(leaf, centers), (centers, state))
+
+    @_placement.any_mesh(placed, static_argnames=("rule", "axis_name"))
     def moved(
         centers: jax.Array,
         state: Any,

@@ -75,15 +75,11 @@ def update_centers(
     batch = _checks.batch(x, labels, where, centers)
     _checks.choice("rule", rule, RULES)
     _checks.scalar("alpha", alpha)
-    moved = _placement.auto_axes(
-        partial(_moved, rule=rule, axis_name=axis_name),
-        _placement.like(centers),
-        *(centers, *batch, jnp.asarray(alpha), after),
-    )
+    moved = _moved(centers, *batch, jnp.asarray(alpha), after, rule=rule, axis_name=axis_name)
     return jax.tree.unflatten(jax.tree.structure(params), [moved])
 
 
-@partial(jax.jit, static_argnames=("rule", "axis_name"))
+@_placement.any_mesh(lambda centers, *_: _placement.like(centers), static_argnames=("rule", "axis_name"))
 def _moved(
     centers: jax.Array,
     x: jax.Array,

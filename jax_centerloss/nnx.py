@@ -19,12 +19,13 @@ class Centers(nnx.Variable[jax.Array]):
 
 
 def _sharding_metadata(out_sharding: NamedSharding | PartitionSpec | None) -> dict[str, Any]:
+    """What Flax calls the placement of a variable, so that it keeps to it: in an optimizer's state, say."""
     if out_sharding is None:
         return {}
-    if hasattr(nnx, "use_eager_sharding"):
-        return {"out_sharding": out_sharding}
-    # Flax 0.11 knows the names of axes only.
-    return {"sharding": out_sharding.spec if isinstance(out_sharding, NamedSharding) else out_sharding}
+    name = "out_sharding" if hasattr(nnx, "use_eager_sharding") else "sharding"  # The latter in Flax 0.11.
+    if isinstance(out_sharding, NamedSharding):
+        return {name: out_sharding.spec, "mesh": out_sharding.mesh}
+    return {name: out_sharding}
 
 
 class CenterLoss(nnx.Module):

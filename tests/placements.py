@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 
 class Placement(NamedTuple):
-    """A mesh of eight devices, and the axes over which classes and samples are spread."""
+    """A mesh of devices, and the axes over which classes and samples are spread."""
 
     kind: str
     shape: tuple[int, ...]

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import optax
 import pytest
-from placements import PLACEMENTS, collectives, put, shapes
+from jax.sharding import PartitionSpec as P
+from placements import PLACEMENTS, Placement, collectives, put, shapes
 
 import jax_centerloss as jcl
 
@@ -90,3 +91,99 @@ def test_equals_one_device_and_travel_does_not_grow_with_the_classes(placement, 
     if name in STEPS and name != "dense step":
         small, large = (program.memory_analysis().temp_size_in_bytes for program in programs.values())
         assert small == large <= 6 * N * D * 4 + 64 * 1024
+
+
+TWO_AXES = [p for p in PLACEMENTS if p.classes == "classes" and p.samples == "data" and not p.context]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("placement", TWO_AXES, ids=str)
+def test_outside_of_jit(placement, name, single):
+    given = put(placement, arguments())
+    before = jax.typeof(given[0])
+    # Outside of jit, JAX takes no gradient of any function on Explicit axes without their mesh.
+    with jax.set_mesh(placement.mesh) if name in ("gradients", "dense step") else placement.entered():
+        result = FUNCTIONS[name](*given)
+    assert_equal(result, single[name])
+    if name in STEPS:
+        assert_stays(result, placement, before)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("placement", TWO_AXES, ids=str)
+def test_a_batch_from_the_host(placement, jit, single):
+    host = arguments()
+    table, state = put(placement, {name: host[name] for name in ("table", "table state")})
+    batch = host["x"], host["labels"], host["where"]
+    for name in ("losses", "adam", "distances", "nearest", "metrics"):
+        function = jax.jit(FUNCTIONS[name]) if jit else FUNCTIONS[name]
+        assert_equal(function(table, state, *batch), single[name])
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_inside_shard_map(kind, single):
+    placement = Placement(kind, (8,), ("d",), None, "d")
+    inside = {
+        "losses": (
+            lambda c, s, x, y, w: jcl.center_loss(c, x, y, where=w, reduce_fn=None, axis_name="d"),
+            P("d"),
+        ),
+        "paper": (lambda c, s, x, y, w: jcl.update_centers(c, x, y, where=w, axis_name="d"), P()),
+        "adam": (lambda c, s, x, y, w: ADAM.update(c, s, x, y, where=w, axis_name="d"), P()),
+        "distances": (lambda c, s, x, y, w: jcl.distance_map(c, x), P("d")),
+        "nearest": (lambda c, s, x, y, w: jcl.nearest_center(c, x), P("d")),
+        "metrics": (
+            lambda c, s, x, y, w: jcl.center_metrics(c, x, y, where=w, previous=c - 1.0, axis_name="d"),
+            P(),
+        ),
+    }
+    for name, (function, out) in inside.items():
+        batch = P("d")
+        mapped = jax.jit(
+            jax.shard_map(
+                function, mesh=placement.mesh, in_specs=(P(), P(), batch, batch, batch), out_specs=out
+            )
+        )
+        assert_equal(mapped(*put(placement, arguments())), single[name])
+        small, large = (
+            collectives(mapped.lower(*shapes(placement, arguments(), classes)).compile().as_text())
+            for classes in (2 * C, 1_000_000)
+        )
+        assert small == large
+
+
+@pytest.mark.parametrize("placement", TWO_AXES, ids=str)
+def test_leading_dimensions_of_a_sequence(placement):
+    given = arguments()
+    given |= {"x": given["x"].reshape(8, 8, D), **{n: given[n].reshape(8, 8) for n in ("labels", "where")}}
+    for name in ("losses", "gradients", "adam", "distances", "nearest", "metrics"):
+        function = jax.jit(FUNCTIONS[name])
+        assert_equal(function(*put(placement, given)), function(*given.values()))
+
+
+@pytest.mark.parametrize("placement", TWO_AXES, ids=str)
+def test_class_means(placement):
+    given = arguments()
+    labels = np.arange(N) % 3
+    want = given["table"].copy()
+    want[:3] = [given["x"][labels == j].mean(0) for j in range(3)]
+    table, x, labels = put(placement, {"table": given["table"], "x": given["x"], "labels": labels})
+    with pytest.warns(
+        UserWarning, match="997 of 1000 classes were never seen and keep their centers: 3, 4, 5"
+    ):
+        means = jcl.init_from_features(table, [(x, labels)] * 2)
+    assert_stays(means, placement, jax.typeof(table))
+    np.testing.assert_allclose(means, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_work_per_device_stays_when_classes_and_devices_grow_together(kind):
+    costs = []
+    for devices in (2, 4, 8):
+        placement = Placement(kind, (devices,), ("d",), "d", "d")
+        given = shapes(placement, arguments(), 10_000 * devices)
+        step = jax.jit(FUNCTIONS["adam"], donate_argnums=STEPS["adam"])
+        costs.append(step.lower(*given).compile().cost_analysis())
+    for key in ("flops", "bytes accessed"):
+        work = [cost[key] for cost in costs]
+        assert max(work) <= 1.05 * min(work)
