@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+# Virtual devices share the threads of the CPU: two programs at once may wait for each other for ever.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,7 +1,11 @@
-"""The digits example, run briefly: it learns, center loss compacts, bad flags are refused."""
+"""The examples, run briefly: they learn, center loss compacts, bad flags are refused."""
 
 import importlib.util
+import os
+import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -167,3 +171,44 @@ def test_interrupt(digits, monkeypatch, tmp_path, capsys):
         digits.main(["--quick", "--out", str(tmp_path)])
     assert stopped.value.code == 130
     assert "Stopped" in capsys.readouterr().err
+
+
+SHARDED = SCRIPT.with_name("sharded.py")
+
+
+def run_sharded(*arguments):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}  # Devices are made by the script.
+    command = [sys.executable, str(SHARDED), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_sharded_splits_the_table_and_learns():
+    done = run_sharded(
+        "--quick", "--classes", "10000", "--feat-dim", "16", "--tail", "20", "--batch-size", "256"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "8 devices (cpu), mesh {'data': 2, 'classes': 4}" in done.stdout
+    assert "centers and state: 0.6 MiB" in done.stdout
+    # 2,500 classes of 16 features on each device.
+    assert len(re.findall(r"0\.2 MiB of centers and state", done.stdout)) == 8
+    assert re.search(r"[\d.]+ steps per second, 10,000 classes of 16 features", done.stdout)
+    first, last, noise = map(
+        float, re.search(r"center: ([\d.]+) .*, ([\d.]+) .*: ([\d.]+)", done.stdout).groups()
+    )
+    assert noise == 2.0
+    assert last < 0.6 * first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--classes", "1001"), "--classes: 1001 does not divide into 4 shards: 1004 does"),
+        (("--data", "3"), "--data: 3 does not divide the 8 devices"),
+        (("--batch-size", "1023"), "--batch-size: 1023 does not divide by --data 2"),
+        (("--steps", "0"), "--steps: must be at least 1, got 0"),
+    ],
+)
+def test_sharded_refuses(arguments, message):
+    done = run_sharded(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr

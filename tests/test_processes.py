@@ -15,7 +15,7 @@ def test_two_processes_equal_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}  # The script sets the devices.
 
     def start(out, processes, process):
         command = [sys.executable, "-W", "ignore::UserWarning", str(SCRIPT), str(tmp_path / out)]

@@ -1,13 +1,9 @@
 """Trains centers on eight devices that belong to one process or to several, and writes what came out.
 
-    python train_in_processes.py OUT.npz PROCESSES PROCESS ADDRESS
+python train_in_processes.py OUT.npz PROCESSES PROCESS ADDRESS
 """
 
-import os
 import sys
-
-out, processes, process, address = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // processes}"
 
 import jax
 import numpy as np
@@ -18,6 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 import jax_centerloss as jcl
 
+out, processes, process, address = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+jax.config.update("jax_num_cpu_devices", 8 // processes)
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 if processes > 1:  # Before anything is computed, and a row optimizer tries its transformation.
     jax.distributed.initialize(address, processes, process)
 
