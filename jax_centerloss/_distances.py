@@ -125,18 +125,27 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
       [0, 1]
     """
     centers = _checks.table(params)
-    x = _checks.features(x, centers)
-    labels: jax.Array = _nearest(centers, x)
+    labels: jax.Array = _nearest(centers, _checks.features(x, centers))
     return labels
 
 
-def _placed_as_samples(centers: jax.Array, x: jax.Array) -> NamedSharding | None:
+@jax.jit
+def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
+    placed, back = _placed(centers, x), _samples(centers, x)
+    if placed is not None:
+        # Samples give way to classes over the same axis: XLA might move the classes, block by block.
+        x = _placement.at(x, NamedSharding(placed.mesh, P(*placed.spec[:-1], None)))
+    labels: jax.Array = _nearest_by_blocks(centers, x)
+    return labels if back is None else _placement.at(labels, back)
+
+
+def _samples(centers: jax.Array, x: jax.Array) -> NamedSharding | None:
     batch = _placement.like(x, centers)
     return None if batch is None else NamedSharding(batch.mesh, P(*batch.spec[:-1]))
 
 
-@_placement.any_mesh(_placed_as_samples)
-def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
+@_placement.any_mesh(_samples)
+def _nearest_by_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
     middle = _middle(centers, _table.compute_dtype(x, centers))
     x = _less(x, middle)
     # A shard is one stripe or several, so that each device looks at its own classes only.

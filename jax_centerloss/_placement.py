@@ -28,6 +28,14 @@ def like(array: jax.Array, *others: jax.Array) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, P(*(None,) * array.ndim))
 
 
+def at(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`array` moved there, on Explicit axes; Auto ones are XLA's."""
+    if not _explicit(sharding.mesh):
+        return array
+    moved: jax.Array = jax.sharding.reshard(array, sharding)
+    return moved
+
+
 def everywhere(*arrays: Any) -> NamedSharding | None:
     """On every device of the mesh of `arrays`, whole."""
     mesh = mesh_of(*jax.tree.leaves(arrays))
