@@ -36,6 +36,14 @@ def at(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     return moved
 
 
+def beside(centers: jax.Array, leaf: jax.Array) -> jax.Array:
+    """`leaf`, if it is a scalar, on all devices of concrete centers, where the first step would put it."""
+    if isinstance(centers, jax.core.Tracer) or not isinstance(centers.sharding, NamedSharding) or leaf.ndim:
+        return leaf
+    placed: jax.Array = jax.device_put(leaf, NamedSharding(centers.sharding.mesh, P()))
+    return placed
+
+
 def everywhere(*arrays: Any) -> NamedSharding | None:
     """On every device of the mesh of `arrays`, whole."""
     mesh = mesh_of(*jax.tree.leaves(arrays))

@@ -101,7 +101,7 @@ def row_optimizer(tx: optax.GradientTransformation) -> RowOptimizer:
             # Some states hold the centers themselves, or one array twice, which then can't be donated.
             again = id(leaf) in held
             held.add(id(leaf))
-            return jnp.copy(leaf) if again else leaf
+            return jnp.copy(leaf) if again else _placement.beside(centers, leaf)
 
         return jax.tree.map(own, _init(tx, centers))
 

@@ -13,7 +13,12 @@ from flax import nnx
 import jax_centerloss
 
 README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+PAGES = README, README.parent / "examples" / "README.md"
+BLOCKS = [
+    text
+    for page in PAGES
+    for text in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -136,3 +141,28 @@ def test_sequences_with_padding(rng):
     distance = ((x[keep].astype(np.float64) - centers[labels[keep]]) ** 2).sum(-1)
     expected = -np.log(likelihood).mean() + 0.01 * distance.mean()
     np.testing.assert_allclose(loss_fn(centers, x, logits, labels), expected, rtol=1e-5)
+
+
+def test_sharded_step():
+    text = block("sharded_step")
+    space = run(text)
+    assert lines(text) <= 15
+    assert space["params"]["centers"].sharding.is_equivalent_to(space["by_class"], 2)
+    assert float(space["sharded_step"](space["params"], space["x"], space["labels"])[1]) < float(
+        space["loss"]
+    )
+
+
+def test_metrics(capsys):
+    run(block("center_metrics"))
+    assert re.search(r"'classes_seen': 2.0.*'moved': \d\.\d+", capsys.readouterr().out)
+
+
+def test_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space = run(block("CheckpointManager"))
+    saved = space["fresh"](space["mesh_of"](1))
+    jax.tree.map(np.testing.assert_array_equal, space["tree"], saved)
+    assert {shard.data.shape for shard in space["tree"]["centers"]["centers"].addressable_shards} == {
+        (128, 32)
+    }
