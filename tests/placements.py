@@ -54,7 +54,7 @@ def _layouts(kind: str, context: bool = False) -> list[Placement]:
 
 
 PLACEMENTS = [
-    *_layouts("Auto"),
+    *_layouts("Auto")[:-1],
     *_layouts("Explicit"),
     _layouts("Auto", context=True)[1],
     _layouts("Explicit", context=True)[1],

@@ -14,25 +14,14 @@ from jax.sharding import PartitionSpec as P
 
 import jax_centerloss as jcl
 
-out, processes, process, address = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-jax.config.update("jax_num_cpu_devices", 8 // processes)
-jax.config.update("jax_cpu_enable_async_dispatch", False)
-if processes > 1:  # Before anything is computed, and a row optimizer tries its transformation.
-    jax.distributed.initialize(address, processes, process)
-
 C, D, N, STEPS = 64, 8, 32, 4
-ROWS = jcl.row_optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)))
+LAYOUTS = [
+    (("d",), (8,), "Auto", "d", "d"),
+    (("data", "classes"), (2, 4), "Explicit", "classes", "data"),
+]
 
 
-@jax.jit
-def step(by_rule, by_rows, state, x, labels, where):
-    loss = jcl.center_loss(by_rule, x, labels, where=where)
-    moved = jcl.update_centers(by_rule, x, labels, where=where, after=loss)
-    by_rows, state = ROWS.update(by_rows, state, x, labels, where=where)
-    return moved, by_rows, state, loss
-
-
-def train(names, shape, kind, classes, samples):
+def train(rows, names, shape, kind, classes, samples):
     mesh = jax.make_mesh(shape, names, axis_types=(getattr(AxisType, kind),) * len(names))
     table, batch = NamedSharding(mesh, P(classes, None)), NamedSharding(mesh, P(samples))
 
@@ -40,9 +29,16 @@ def train(names, shape, kind, classes, samples):
         """The array of all processes, of which each brings what lies on its devices."""
         return jax.make_array_from_callback(array.shape, batch, lambda index: array[index])
 
+    @jax.jit
+    def step(by_rule, by_rows, state, x, labels, where):
+        loss = jcl.center_loss(by_rule, x, labels, where=where)
+        moved = jcl.update_centers(by_rule, x, labels, where=where, after=loss)
+        by_rows, state = rows.update(by_rows, state, x, labels, where=where)
+        return moved, by_rows, state, loss
+
     by_rule = jcl.init_centers(jax.random.key(0), C, D, out_sharding=table)
     by_rows = jcl.init_centers(jax.random.key(1), C, D, out_sharding=table)
-    state = ROWS.init(by_rows)
+    state = rows.init(by_rows)
     losses = []
     for i in range(STEPS):
         rng = np.random.default_rng(i)
@@ -56,7 +52,7 @@ def train(names, shape, kind, classes, samples):
     # must not leave the others waiting, and shows in the loss of all.
     beyond = labels.copy()
     beyond[-1] = C
-    center_loss = jax.jit(jcl.center_loss) if processes == 1 else jcl.center_loss
+    center_loss = jax.jit(jcl.center_loss) if jax.process_count() == 1 else jcl.center_loss
     eager = center_loss(by_rule, shared(x), shared(beyond))
     means = jcl.init_from_features(by_rule, [(shared(x), shared(np.arange(N, dtype=np.int32)))])
     metrics = jcl.center_metrics(by_rule, *arguments[:2], where=arguments[2], previous=means)
@@ -69,13 +65,18 @@ def train(names, shape, kind, classes, samples):
     return [np.asarray(losses), *map(np.asarray, whole)]
 
 
-assert jax.device_count() == 8
-assert jax.local_device_count() == 8 // processes
-layouts = [
-    (("d",), (8,), "Auto", "d", "d"),
-    (("data", "classes"), (2, 4), "Explicit", "classes", "data"),
-    (("classes", "data"), (2, 4), "Explicit", "classes", "data"),
-]
-results = [result for layout in layouts for result in train(*layout)]
-if process == 0:
-    np.savez(out, *results)
+def main(out, processes, process, address):
+    jax.config.update("jax_num_cpu_devices", 8 // processes)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if processes > 1:  # Before anything is computed, and a row optimizer tries its transformation.
+        jax.distributed.initialize(address, processes, process)
+    assert jax.device_count() == 8
+    assert jax.local_device_count() == 8 // processes
+    rows = jcl.row_optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)))
+    results = [result for layout in LAYOUTS for result in train(rows, *layout)]
+    if process == 0:
+        np.savez(out, *results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
