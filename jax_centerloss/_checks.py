@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_centerloss import _placement
 from jax_centerloss._checkify import debug_check
 
 Clip = tuple[float, float] | None
@@ -42,13 +43,20 @@ def sharding(out_sharding: NamedSharding | PartitionSpec, shape: tuple[int, int]
                 f"out_sharding={out_sharding} needs a mesh: make the centers under `jax.set_mesh(mesh)`, or "
                 "pass `jax.sharding.NamedSharding(mesh, spec)`."
             )
+        unknown = [a for entry in out_sharding for a in _placement.axes_of(entry) if a not in mesh.axis_names]
+        if unknown:
+            raise ValueError(
+                f"out_sharding={out_sharding} names {unknown}, but the mesh has the axes {list(mesh.axis_names)}."
+            )
         return sharding(NamedSharding(mesh, out_sharding), shape)
-    for name, size, axes in zip(("num_classes", "feat_dim"), shape, out_sharding.spec, strict=False):
-        axes = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
-        shards = math.prod(out_sharding.mesh.shape[axis] for axis in axes)
+    spec, sizes_of = out_sharding.spec, out_sharding.mesh.shape
+    if len(spec) > 2:
+        raise ValueError(f"out_sharding={spec} has {len(spec)} entries, centers (C, D) have two dimensions.")
+    for name, size, entry in zip(("num_classes", "feat_dim"), shape, spec, strict=False):
+        shards = math.prod(sizes_of[axis] for axis in _placement.axes_of(entry))
         if size % shards:
             raise ValueError(
-                f"{name}={size} does not divide into {shards} shards, by out_sharding={out_sharding.spec}. "
+                f"{name}={size} does not divide into {shards} shards, by out_sharding={spec}. "
                 f"Round it up to {-(-size // shards) * shards}: a class that no label names stays as it is."
             )
     return out_sharding
@@ -60,13 +68,13 @@ def floating(dtype: DTypeLike, name: str, advice: str | None = None) -> None:
         raise TypeError(f"{name} must be floating point, got {np.dtype(dtype).name}. {advice}")
 
 
-def table(params: Any) -> jax.Array:
-    """The one array in `params`, checked to be a `(C, D)` table of floats."""
+def table(params: Any, name: str = "params") -> jax.Array:
+    """The one array in `params`, the argument of that name, checked to be a `(C, D)` table of floats."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if len(leaves) != 1:
         found = ", ".join(jax.tree_util.keystr(path) for path, _ in leaves[:8]) or "none"
         raise ValueError(
-            f"params must hold exactly one array, the (C, D) centers, got {len(leaves)} leaves: {found}"
+            f"{name} must hold exactly one array, the (C, D) centers, got {len(leaves)} leaves: {found}"
             f"{', ...' if len(leaves) > 8 else ''}. Pass the part of the tree that holds the centers alone: "
             'a dict {"centers": array}, an NNX module or its state, or of Linen variables the part of this '
             'module in "params" (in "centers", if they are state).'
@@ -76,7 +84,7 @@ def table(params: Any) -> jax.Array:
         centers = jnp.asarray(leaf)
     except TypeError as error:
         raise TypeError(
-            f"params must hold the (C, D) centers as an array, got {type(leaf).__name__}. A Linen module "
+            f"{name} must hold the (C, D) centers as an array, got {type(leaf).__name__}. A Linen module "
             'holds none: pass its `variables["params"]`.'
         ) from error
     if centers.ndim != 2 or 0 in centers.shape:
@@ -118,6 +126,7 @@ def batch(
         )
     if labels.dtype.itemsize < 4:  # Too narrow to hold every number of classes.
         labels = labels.astype(jnp.int32)
+    labels = _placement.along(x, labels)
     used = labels >= 0
     if where is not None:
         mask = jnp.asarray(where)
@@ -128,7 +137,7 @@ def batch(
             )
         if mask.shape != labels.shape:
             raise ValueError(f"where must have the shape of labels {labels.shape}, got {mask.shape}.")
-        used = used & mask
+        used = used & _placement.along(x, mask)
     return x, _labels_in_range(given, where, labels, used, centers.shape[0]), used
 
 
@@ -166,7 +175,13 @@ def _concrete(value: ArrayLike | None) -> bool:
 
 def previous(params: Any, centers: jax.Array) -> jax.Array:
     """An earlier table, of the shape of the centers."""
-    earlier = table(params)
+    leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    if any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in leaves):
+        raise ValueError(
+            "previous was donated to a step and is gone. Keep a copy: "
+            "`previous = jax.tree.map(jnp.copy, params)`."
+        )
+    earlier = table(params, "previous")
     if earlier.shape != centers.shape:
         raise ValueError(f"previous must be earlier centers {centers.shape}, got shape {earlier.shape}.")
     return earlier

@@ -53,17 +53,13 @@ def _placed(centers: jax.Array, x: jax.Array) -> NamedSharding | None:
 
     What lies over the same axis of the mesh can't both stay; it is the samples that travel.
     """
-    batch, table = _placement.like(x, centers), _placement.like(centers, x)
+    batch, table = _placement.sharding_of(x, centers), _placement.sharding_of(centers, x)
     if batch is None or table is None:
         return None
     classes = table.spec[0]
-    lead = [tuple(axis for axis in _axes(entry) if axis not in _axes(classes)) for entry in batch.spec[:-1]]
+    taken = _placement.axes_of(classes)
+    lead = [tuple(a for a in _placement.axes_of(entry) if a not in taken) for entry in batch.spec[:-1]]
     return NamedSharding(batch.mesh, P(*lead, classes))
-
-
-def _axes(entry: Any) -> tuple[Any, ...]:
-    """The axes of the mesh in one entry of a `PartitionSpec`."""
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 @_placement.any_mesh(_placed, static_argnames="precision")
@@ -134,13 +130,13 @@ def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
     placed, back = _placed(centers, x), _samples(centers, x)
     if placed is not None:
         # Samples give way to classes over the same axis: XLA might move the classes, block by block.
-        x = _placement.at(x, NamedSharding(placed.mesh, P(*placed.spec[:-1], None)))
+        x = _placement.reshard(x, NamedSharding(placed.mesh, P(*placed.spec[:-1], None)))
     labels: jax.Array = _nearest_by_blocks(centers, x)
-    return labels if back is None else _placement.at(labels, back)
+    return labels if back is None else _placement.reshard(labels, back)
 
 
 def _samples(centers: jax.Array, x: jax.Array) -> NamedSharding | None:
-    batch = _placement.like(x, centers)
+    batch = _placement.sharding_of(x, centers)
     return None if batch is None else NamedSharding(batch.mesh, P(*batch.spec[:-1]))
 
 

@@ -35,6 +35,7 @@ def init_centers(
       initializer: draws the table; N(0, 1) by default, as in the PyTorch module.
       dtype: floating-point dtype of the table.
       out_sharding: where the table lies: a `PartitionSpec`, under `jax.set_mesh(mesh)`, or a `NamedSharding`.
+        By default it is JAX's choice: one device, or under a mesh a whole table on each of its devices.
         `PartitionSpec("classes", None)` splits it by class over the axis "classes" of the mesh. Every device
         draws its own part, with the numbers that the whole table has without a mesh.
 

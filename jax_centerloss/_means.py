@@ -44,7 +44,6 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
       [[2.0, 0.0], [5.0, 5.0]]
     """
     centers = _checks.table(params)
-    # A copy, which can be donated from batch to batch; half precision would not hold a running mean.
     means, counts = _start(centers)
     for batch in batches:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
@@ -67,8 +66,8 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
     return jax.tree.unflatten(jax.tree.structure(params), [means.astype(centers.dtype)])
 
 
-def _placed(centers: jax.Array, *_: jax.Array) -> tuple[NamedSharding, NamedSharding] | None:
-    table = _placement.like(centers)
+def _placed(centers: jax.Array, *others: jax.Array) -> tuple[NamedSharding, NamedSharding] | None:
+    table = _placement.as_table(centers, *others)
     return None if table is None else (table, NamedSharding(table.mesh, P(table.spec[0])))
 
 

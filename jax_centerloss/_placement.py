@@ -19,7 +19,12 @@ def mesh_of(*arrays: ArrayLike) -> AbstractMesh | None:
     return next((mesh for mesh in meshes if mesh is not None and not mesh.empty), None)
 
 
-def like(array: jax.Array, *others: jax.Array) -> NamedSharding | None:
+def axes_of(entry: Any) -> tuple[Any, ...]:
+    """The axes of the mesh in one entry of a `PartitionSpec`."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+def sharding_of(array: jax.Array, *others: jax.Array) -> NamedSharding | None:
     """The placement of `array`; on the mesh of `others`, whole on every device, if it has none of its own."""
     if mesh_of(array) is not None:
         sharding: NamedSharding = jax.typeof(array).sharding
@@ -28,12 +33,25 @@ def like(array: jax.Array, *others: jax.Array) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, P(*(None,) * array.ndim))
 
 
-def at(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+def as_table(centers: jax.Array, *others: Any) -> NamedSharding | None:
+    """Where centers lie that are returned, given with `others`."""
+    return sharding_of(centers, *jax.tree.leaves(others))
+
+
+def reshard(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     """`array` moved there, on Explicit axes; Auto ones are XLA's."""
     if not _explicit(sharding.mesh):
         return array
     moved: jax.Array = jax.sharding.reshard(array, sharding)
     return moved
+
+
+def along(x: jax.Array, array: jax.Array) -> jax.Array:
+    """`array`, which has one entry for each sample, placed as the samples of `x` are."""
+    if mesh_of(array) is None:
+        return array
+    placed = sharding_of(x, array)
+    return array if placed is None else reshard(array, NamedSharding(placed.mesh, P(*placed.spec[:-1])))
 
 
 def beside(centers: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -101,9 +119,9 @@ def whole(mesh: AbstractMesh | None, array: jax.Array) -> jax.Array:
     if AxisType.Manual in mesh.axis_types:
         return array
     sharding = NamedSharding(mesh, P(*(None,) * array.ndim))
-    if AxisType.Explicit in mesh.axis_types:
-        array = jax.sharding.reshard(array, sharding)
-    else:
+    array = reshard(array, sharding)
+    # Outside of a program there is no choice of XLA's to constrain.
+    if AxisType.Auto in mesh.axis_types and isinstance(array, jax.core.Tracer):
         array = lax.with_sharding_constraint(array, sharding)
     return array
 

@@ -123,8 +123,8 @@ def row_optimizer(tx: optax.GradientTransformation) -> RowOptimizer:
         centers, state = moved(centers, state, *batch, after, rule=rule, axis_name=axis_name)
         return jax.tree.unflatten(jax.tree.structure(params), [centers]), state
 
-    def placed(centers: jax.Array, state: Any, *_: Any) -> Any:
-        return jax.tree.map(lambda leaf: _placement.like(leaf, centers), (centers, state))
+    def placed(centers: jax.Array, state: Any, *others: Any) -> Any:
+        return jax.tree.map(lambda leaf: _placement.as_table(leaf, centers, *others), (centers, state))
 
     @_placement.any_mesh(placed, static_argnames=("rule", "axis_name"))
     def moved(

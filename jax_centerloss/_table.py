@@ -30,6 +30,9 @@ def read_rows(centers: jax.Array, labels: jax.Array, x: jax.Array) -> tuple[jax.
 
     Reads by `labels` alone, in one form, so that every read of one step is the same read; masks come after.
     """
+    if not labels.ndim:  # JAX does not read a single row of a table that is split over Explicit axes.
+        rows, known = read_rows(centers, labels[None], x[None])
+        return rows[0], known[0]
     num_classes = centers.shape[0]
     known = (labels >= 0) & (labels < num_classes)
     return _rows_at(centers, jnp.clip(labels, 0, num_classes - 1), x), known
@@ -37,7 +40,7 @@ def read_rows(centers: jax.Array, labels: jax.Array, x: jax.Array) -> tuple[jax.
 
 @jax.custom_jvp
 def _rows_at(centers: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
-    return centers.at[index].get(mode="promise_in_bounds", out_sharding=_placement.like(x, centers))
+    return centers.at[index].get(mode="promise_in_bounds", out_sharding=_placement.sharding_of(x, centers))
 
 
 @partial(_rows_at.defjvp, symbolic_zeros=True)
@@ -52,7 +55,7 @@ def _rows_at_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     moved = (
         tangents[0]
         .at[index]
-        .get(mode="promise_in_bounds", out_sharding=_placement.like(index[..., None], centers))
+        .get(mode="promise_in_bounds", out_sharding=_placement.sharding_of(index[..., None], centers))
     )
     (moved,) = jax.linear_transpose(partial(_placement.whole, mesh), rows)(moved)
     return rows, moved

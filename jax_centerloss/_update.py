@@ -79,7 +79,7 @@ def update_centers(
     return jax.tree.unflatten(jax.tree.structure(params), [moved])
 
 
-@_placement.any_mesh(lambda centers, *_: _placement.like(centers), static_argnames=("rule", "axis_name"))
+@_placement.any_mesh(_placement.as_table, static_argnames=("rule", "axis_name"))
 def _moved(
     centers: jax.Array,
     x: jax.Array,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 import threading
 from functools import partial
@@ -15,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import jax_centerloss as jcl
 
-# For the script what the tests have: two programs at once on virtual devices may wait for each other.
+# For the script what conftest.py has for the tests: threads enough for all virtual devices.
+os.environ.setdefault("NPROC", "32")
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 # A shard of the table on four devices is longer than what Orbax puts into its index instead of a data file.

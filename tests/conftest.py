@@ -3,12 +3,14 @@
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Virtual devices share the threads of the CPU, by default one for each of them. A device that waits for the
+# others holds one, and those it waits for may find none left.
+os.environ.setdefault("NPROC", "32")
 
 import jax
 import numpy as np
 import pytest
 
-# Virtual devices share the threads of the CPU: two programs at once may wait for each other for ever.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -81,22 +81,31 @@ _COLLECTIVE = re.compile(
 def collectives(text: str) -> Counter[tuple[str, int]]:
     """What travels between devices in a compiled program: kinds and bytes of its collectives.
 
-    One in the body of a loop raises, since it travels as often as the loop turns.
+    One in a loop raises, since it travels as often as the loop turns.
     """
-    bodies = set(re.findall(r"body=%?([\w.-]+)", text))
     found: Counter[tuple[str, int]] = Counter()
+    calls: dict[str, set[str]] = {}
+    holds: dict[str, str] = {}
     computation = ""
-    for line in text.splitlines():
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         if head := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
             computation = head[1]
+        calls.setdefault(computation, set()).update(re.findall(r"[\w.-]+", line))
         if match := _COLLECTIVE.search(line):
-            if computation in bodies:
-                raise AssertionError(f"in the loop {computation}: {line.strip()[:200]}")
             shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
             size = sum(
                 _SIZE[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in shapes
             )
             found[match[2], size] += 1
+            holds[computation] = line.strip()[:200]
+    waiting = re.findall(r"body=%?([\w.-]+)", text)
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name in holds:
+            raise AssertionError(f"in a loop, {name}: {holds[name]}")
+        seen.add(name)
+        waiting += [called for called in calls.get(name, ()) if called in calls and called not in seen]
     return found
 
 

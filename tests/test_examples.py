@@ -193,7 +193,7 @@ def test_sharded_splits_the_table_and_learns():
     assert len(re.findall(r"0\.2 MiB of centers and state", done.stdout)) == 8
     assert re.search(r"[\d.]+ steps per second, 10,000 classes of 16 features", done.stdout)
     first, last, noise = map(
-        float, re.search(r"center: ([\d.]+) .*, ([\d.]+) .*: ([\d.]+)", done.stdout).groups()
+        float, re.search(r"class: ([\d.]+), then ([\d.]+); .*: ([\d.]+)", done.stdout).groups()
     )
     assert noise == 2.0
     assert last < 0.6 * first

@@ -102,6 +102,12 @@ def test_previous_of_another_table_is_refused():
     centers, x, labels, previous = draw(30)
     with pytest.raises(ValueError, match=r"previous must be earlier centers \(30, 6\), got shape \(20, 6\)"):
         jcl.center_metrics(centers, x, labels, previous=previous[:20])
+    with pytest.raises(ValueError, match=r"previous must hold exactly one array, the .* got 2 leaves"):
+        jcl.center_metrics(centers, x, labels, previous=(previous, previous))
+    gone = jnp.asarray(previous)
+    gone.delete()
+    with pytest.raises(ValueError, match="previous was donated to a step and is gone"):
+        jcl.center_metrics(centers, x, labels, previous=gone)
 
 
 def test_temporaries_do_not_grow_with_the_classes():

@@ -1,9 +1,11 @@
 """Centers and batches wherever they lie: the numbers of one device, and no more travels than the batch."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from placements import PLACEMENTS, Placement, collectives, put, shapes
 
@@ -105,14 +107,100 @@ def test_outside_of_jit(placement, name, single):
 
 
 @pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("placed", [("table", "table state"), ("x", "labels", "where")], ids=str)
 @pytest.mark.parametrize("placement", TWO_AXES, ids=str)
-def test_a_batch_from_the_host(placement, jit, single):
-    host = arguments()
-    table, state = put(placement, {name: host[name] for name in ("table", "table state")})
-    batch = host["x"], host["labels"], host["where"]
-    for name in ("paper", "adam", "distances", "nearest", "metrics"):
+def test_the_rest_from_the_host(placement, placed, jit, single):
+    given = arguments()
+    given |= zip(placed, put(placement, {name: given[name] for name in placed}), strict=True)
+    # Outside of jit, JAX takes no gradient of any function on Explicit axes without their mesh.
+    names = [name for name in FUNCTIONS if jit or placement.kind == "Auto" or name != "dense"]
+    for name in names:
         function = jax.jit(FUNCTIONS[name]) if jit else FUNCTIONS[name]
-        assert_equal(function(table, state, *batch), single[name])
+        assert_equal(function(*given.values()), single[name])
+
+
+THREE_AXES = ("a", "b", "c")
+ODD = {
+    # Specs of the table, the features, the labels and the mask, with features (8, 8, D).
+    "labels and mask unlike x": (P("b"), P("a"), P("c"), P("b")),
+    "no label where x is": (P("b"), P("a"), P(), P("a")),
+    "two dimensions of the batch": (P("b"), P("a", "c"), P("c", "a"), P("a", "c")),
+    "features split": (P("b", "a"), P("c", None, "a"), P("c"), P("c")),
+    "classes over two axes": (P(("c", "a")), P(("a", "b")), P("b"), P()),
+}
+
+
+@pytest.mark.parametrize("kinds", ["Explicit", "mixed"])
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_placements(odd, kinds, single):
+    first = AxisType.Auto if kinds == "mixed" else AxisType.Explicit
+    mesh = jax.make_mesh((2, 2, 2), THREE_AXES, axis_types=(first, AxisType.Explicit, AxisType.Explicit))
+    table, *batch = (NamedSharding(mesh, spec) for spec in ODD[odd])
+    given = arguments()
+    centers, state = jax.tree.map(
+        lambda leaf: jax.device_put(leaf, table if leaf.ndim else NamedSharding(mesh, P())),
+        (jnp.asarray(given["table"]), given["table state"]),
+    )
+    split = (
+        jax.device_put(given[name].reshape(8, 8, *given[name].shape[1:]), sharding)
+        for name, sharding in zip(("x", "labels", "where"), batch, strict=True)
+    )
+    arrays = centers, state, *split
+    for name, function in FUNCTIONS.items():
+        got, want = jax.tree.leaves(jax.jit(function)(*arrays)), jax.tree.leaves(single[name])
+        assert_equal([np.asarray(a).reshape(b.shape) for a, b in zip(got, want, strict=True)], want)
+
+
+def test_a_mesh_of_both_kinds_moves_no_table():
+    mesh = jax.make_mesh((2, 4), ("data", "classes"), axis_types=(AxisType.Auto, AxisType.Explicit))
+
+    def compiled(name, classes):
+        def shape(name, leaf):
+            rows = (classes, *leaf.shape[1:]) if name.startswith("table") and leaf.ndim else leaf.shape
+            axis = "classes" if name.startswith("table") else "data"
+            sharding = NamedSharding(mesh, P(*(axis, None)[: leaf.ndim]))
+            return jax.ShapeDtypeStruct(rows, leaf.dtype, sharding=sharding)
+
+        given = [
+            jax.tree.map(lambda leaf, key=key: shape(key, leaf), tree) for key, tree in arguments().items()
+        ]
+        return jax.jit(FUNCTIONS[name]).lower(*given).compile().as_text()
+
+    for name in STEPS:
+        assert collectives(compiled(name, C)) == collectives(compiled(name, 1_000_000))
+
+
+@pytest.mark.parametrize("placement", TWO_AXES, ids=str)
+def test_a_single_sample(placement):
+    given = arguments()
+    x, label = given["x"][1], given["labels"][1]
+    (table,) = put(placement, {"table": given["table"]})
+    want = np.sum((x - given["table"][label]) ** 2)
+    loss, gradient = jax.jit(jax.value_and_grad(jcl.center_loss))(table, x, label)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(gradient)[label], -2 * (x - given["table"][label]), rtol=1e-5)
+    moved = np.asarray(jax.jit(jcl.update_centers)(table, x, label))
+    np.testing.assert_allclose(
+        moved[label], given["table"][label] + 0.25 * (x - given["table"][label]), rtol=1e-5
+    )
+
+
+def test_collectives_are_found():
+    placement = Placement("Auto", (8,), ("d",), "d", "d")
+    across = NamedSharding(placement.mesh, P(None, "d"))
+    turned = jax.jit(lambda a: a * 1.0, out_shardings=across)
+    text = turned.lower(*shapes(placement, {"table": np.zeros((8, 64), np.float32)}, 800)).compile().as_text()
+    assert sum(size for _, size in collectives(text).elements()) == 800 * 64 * 4 / 8
+
+    def looped(a):
+        def body(i, a):
+            return jax.lax.cond(a[0] > i, lambda a: jax.lax.psum(a, "d"), lambda a: 2 * a, a)
+
+        return jax.lax.fori_loop(0, 9, body, a)
+
+    mapped = jax.jit(jax.shard_map(looped, mesh=placement.mesh, in_specs=P(), out_specs=P(), check_vma=False))
+    with pytest.raises(AssertionError, match="in a loop"):
+        collectives(mapped.lower(jax.ShapeDtypeStruct((64,), np.float32)).compile().as_text())
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])

@@ -153,6 +153,18 @@ def test_sharded_step():
     )
 
 
+def test_model_on_a_mesh():
+    space = run(block("mesh_step"))
+    centers = space["model"].center_loss.centers[...]
+    assert {shard.data.shape for shard in centers.addressable_shards} == {(128, 32)}
+    first = float(space["loss"])
+    mesh = centers.sharding.mesh
+    with jax.set_mesh(mesh):
+        for _ in range(5):
+            loss = space["mesh_step"](space["model"], space["optimizer"], *space["batch"])
+    assert float(loss) < first
+
+
 def test_metrics(capsys):
     run(block("center_metrics"))
     assert re.search(r"'classes_seen': 2.0.*'moved': \d\.\d+", capsys.readouterr().out)

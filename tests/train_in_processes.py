@@ -3,6 +3,7 @@
 python train_in_processes.py OUT.npz PROCESSES PROCESS ADDRESS
 """
 
+import os
 import sys
 
 import jax
@@ -66,6 +67,7 @@ def train(rows, names, shape, kind, classes, samples):
 
 
 def main(out, processes, process, address):
+    os.environ.setdefault("NPROC", "32")
     jax.config.update("jax_num_cpu_devices", 8 // processes)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if processes > 1:  # Before anything is computed, and a row optimizer tries its transformation.
