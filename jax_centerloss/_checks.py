@@ -46,7 +46,7 @@ def sharding(out_sharding: NamedSharding | PartitionSpec, shape: tuple[int, int]
         unknown = [a for entry in out_sharding for a in _placement.axes_of(entry) if a not in mesh.axis_names]
         if unknown:
             raise ValueError(
-                f"out_sharding={out_sharding} names {unknown}, but the mesh has the axes {list(mesh.axis_names)}."
+                f"out_sharding={out_sharding} names {unknown}, but the mesh has axes {[*mesh.axis_names]}."
             )
         return sharding(NamedSharding(mesh, out_sharding), shape)
     spec, sizes_of = out_sharding.spec, out_sharding.mesh.shape

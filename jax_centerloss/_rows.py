@@ -56,7 +56,8 @@ def row_optimizer(tx: optax.GradientTransformation) -> RowOptimizer:
     `"gradient"`. The paper's Caffe layer is `row_optimizer(optax.sgd(alpha, momentum=0.9))` with
     `rule="paper"`.
 
-    Construction tries `tx` on a small table, which takes up to a second. `tx` works in float32 (float64 for
+    Construction tries `tx` on a small table, which takes up to a second, and in several processes has to come
+    after `jax.distributed.initialize()`. `tx` works in float32 (float64 for
     float64 centers), and so is the state of centers in half precision.
 
     Args:

@@ -113,8 +113,7 @@ def test_the_rest_from_the_host(placement, placed, jit, single):
     given = arguments()
     given |= zip(placed, put(placement, {name: given[name] for name in placed}), strict=True)
     # Outside of jit, JAX takes no gradient of any function on Explicit axes without their mesh.
-    names = [name for name in FUNCTIONS if jit or placement.kind == "Auto" or name != "dense"]
-    for name in names:
+    for name in ("adam", "metrics", *(["dense"] if jit or placement.kind == "Auto" else [])):
         function = jax.jit(FUNCTIONS[name]) if jit else FUNCTIONS[name]
         assert_equal(function(*given.values()), single[name])
 
@@ -229,6 +228,24 @@ def test_inside_shard_map(kind, single):
             for classes in (C, 1_000_000)
         )
         assert small == large
+
+
+@pytest.mark.parametrize("placement", TWO_AXES, ids=str)
+def test_one_program_serves_a_ragged_batch(placement):
+    given = arguments()
+    steps = {name: jax.jit(FUNCTIONS[name]) for name in ("paper", "adam", "metrics")}
+    for number in (N, N - 7, 3):
+        filled = {
+            "x": np.full((N, D), np.nan, np.float32),
+            "labels": np.zeros(N, np.int32),
+            "where": np.zeros(N, bool),
+        }
+        for name, array in filled.items():
+            array[:number] = given[name][:number]
+        for name, step in steps.items():
+            ragged = [given["table"], given["table state"], *(given[key][:number] for key in filled)]
+            assert_equal(step(*put(placement, given | filled)), FUNCTIONS[name](*ragged))
+    assert [step._cache_size() for step in steps.values()] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("placement", TWO_AXES, ids=str)
