@@ -89,7 +89,7 @@ def _add(
     means: jax.Array, counts: jax.Array, x: jax.Array, labels: jax.Array, used: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     mesh = _placement.mesh_of(means, x, labels)
-    labels, x, used = _table.gather_batch(None, mesh, labels, x, used)
+    labels, used, x = _table.gather_batch(None, mesh, labels, used, x)
     x = x.astype(_table.compute_dtype(x, means))
     slot, classes = _table.slots(labels, used, means.shape[0])
     number = classes.shape[0]

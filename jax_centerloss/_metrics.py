@@ -93,9 +93,9 @@ def _metrics(
     gap = _nearest_other(centers, x, labels) - own
     metrics = {"own_distance": _loss.mean(own, used, axis_name), "gap": _loss.mean(gap, used, axis_name)}
 
-    labels = jnp.where(used & known, labels, centers.shape[0])
-    (labels,) = _table.gather_batch(axis_name, _placement.mesh_of(centers, x, labels), labels)
-    slot, classes = _table.slots(labels, labels < centers.shape[0], centers.shape[0])
+    mesh = _placement.mesh_of(centers, x, labels)
+    labels, used = _table.gather_batch(axis_name, mesh, labels, used & known)
+    slot, classes = _table.slots(labels, used, centers.shape[0])
     seen = _table.sum_by_slot(jnp.ones(slot.shape, jnp.int32), slot, classes.shape[0]) > 0
     metrics["classes_seen"] = _loss.count(seen)
     if previous is not None:

@@ -75,7 +75,8 @@ def any_mesh(placed: Callable[..., Any], **jit: Any) -> Callable[[Callable[..., 
     """
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        @partial(jax.jit, **jit)
+        # Inlined into the user's program, in which XLA then shares more between the loss and the step.
+        @partial(jax.jit, inline=True, **jit)
         @wraps(function)
         def program(*arrays: Any, **static: Any) -> Any:
             inside = partial(function, **static)

@@ -69,16 +69,16 @@ def sample(centers: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
 
 
 def gather_batch(
-    axis_name: AxisName, mesh: AbstractMesh | None, labels: jax.Array, *values: jax.Array
+    axis_name: AxisName, mesh: AbstractMesh | None, labels: jax.Array, used: jax.Array, *values: jax.Array
 ) -> tuple[jax.Array, ...]:
     """The whole batch on every device, with the axes of the labels, and the mapped one, made one."""
-    arrays, ndim = (labels, *values), labels.ndim
+    arrays, ndim = (labels, used, *values), labels.ndim
     if axis_name is not None:
         arrays, ndim = tuple(_over_axis(axis_name, a) for a in arrays), ndim + 1
-    labels, *rest = (a.reshape(-1, *a.shape[ndim:]) for a in arrays)
+    labels, used, *rest = (a.reshape(-1, *a.shape[ndim:]) for a in arrays)
     if mesh is not None:  # Else the sums of the values come out whole, as long as the labels are.
         rest = [_placement.whole(mesh, a) for a in rest]
-    return _placement.whole(mesh, labels), *rest
+    return _placement.whole(mesh, labels), _placement.whole(mesh, used), *rest
 
 
 def _over_axis(axis_name: AxisName, a: jax.Array) -> jax.Array:

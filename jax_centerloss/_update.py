@@ -95,13 +95,18 @@ def _moved(
     rates = alpha.astype(pulls.scale.dtype) * pulls.scale
     number, block = pulls.classes.shape[0], max(1, _BLOCK // centers.shape[1])
     if not isinstance(number, int) or number <= block:
-        return _move(centers, pulls, rates, block=number)
-    moved: jax.Array = lax.platform_dependent(
-        centers, pulls, rates, cpu=partial(_move, block=block), default=partial(_move, block=number)
+        block = number
+    moved: jax.Array = (
+        _move(centers, pulls, rates, block=number)
+        if block == number
+        else lax.platform_dependent(
+            centers, pulls, rates, cpu=partial(_move, block=block), default=partial(_move, block=number)
+        )
     )
     return moved
 
 
+@partial(jax.jit, static_argnames="block")  # Apart from what makes its inputs, it takes fewer temporaries.
 def _move(centers: jax.Array, pulls: "Pulls", rates: jax.Array, *, block: int) -> jax.Array:
     """The centers after the sum of each class's differences, times its rate, is added to it.
 
@@ -150,23 +155,19 @@ def pull(
     x, rows = x.astype(dtype), rows.astype(dtype)
     # The very terms of `center_loss`, which XLA then computes once for both.
     difference, distance = x - rows, _loss.squared_distance(x, rows, known, used)
-    labels = jnp.where(used & known, labels, centers.shape[0])
-    low, high = _loss.CLIP
-    labels, difference, finite, passes = _table.gather_batch(
-        axis_name,
-        _placement.mesh_of(centers, x, labels),
-        *(labels, difference, jnp.isfinite(distance), (distance >= low) & (distance <= high)),
+    labels, used, difference, distance = _table.gather_batch(
+        axis_name, _placement.mesh_of(centers, x, labels), labels, used & known, difference, distance
     )
-    used = labels < centers.shape[0]
     slot, classes = _table.slots(labels, used, centers.shape[0])
     # NaN and infinity show in the count of their class, and so in its center, also where the clamp cuts.
     # Counts are exact up to 2**24 samples of one class in a batch.
-    samples = jnp.where(finite, np.ones((), dtype), np.full((), np.nan, dtype))
+    samples = jnp.where(jnp.isfinite(distance), np.ones((), dtype), np.full((), np.nan, dtype))
     counts = _table.sum_by_slot(samples, slot, classes.shape[0])
     if rule == "paper":
         scale = 1 / (1 + counts)
     else:
         scale = jnp.where(jnp.isnan(counts), counts, 2 / jnp.maximum(_loss.count(used), 1).astype(dtype))
-        slot = jnp.where(passes, slot, _table.NO_SLOT)
+        low, high = _loss.CLIP
+        slot = jnp.where((distance >= low) & (distance <= high), slot, _table.NO_SLOT)
     classes = jnp.where((counts != 0) & _table.always(after), classes, centers.shape[0])
     return Pulls(difference, slot, classes, scale)

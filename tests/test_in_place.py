@@ -1,6 +1,7 @@
 """The whole training step, as compiled: tables are written in place, and nothing grows with the classes."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_centerloss as jcl
 
@@ -53,9 +56,12 @@ STEPS = {
 
 
 def compiled(step, init, classes, *more, n=N, d=D):
-    shape = jax.ShapeDtypeStruct
+    # On a mesh of one device: with more at hand and no mesh in sight, the labels are first made whole.
+    mesh = jax.make_mesh((1,), ("one",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
+    one = NamedSharding(mesh, P())
+    shape = partial(jax.ShapeDtypeStruct, sharding=one)
     centers = shape((classes, d), jnp.float32)
-    state = jax.eval_shape(init, centers)
+    state = jax.tree.map(lambda a: shape(a.shape, a.dtype), jax.eval_shape(init, centers))
     return (
         jax.jit(step, donate_argnums=(0, 1))
         .lower(centers, state, shape((n, d), jnp.float32), shape((n,), jnp.int32), *more)
