@@ -127,7 +127,7 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
 
 @jax.jit
 def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
-    placed, back = _placed(centers, x), _samples(centers, x)
+    placed, back = _placed(centers, x), _placement.samples_of(x, centers)
     if placed is not None:
         # Samples give way to classes over the same axis: XLA might move the classes, block by block.
         x = _placement.reshard(x, NamedSharding(placed.mesh, P(*placed.spec[:-1], None)))
@@ -135,12 +135,7 @@ def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
     return labels if back is None else _placement.reshard(labels, back)
 
 
-def _samples(centers: jax.Array, x: jax.Array) -> NamedSharding | None:
-    batch = _placement.sharding_of(x, centers)
-    return None if batch is None else NamedSharding(batch.mesh, P(*batch.spec[:-1]))
-
-
-@_placement.any_mesh(_samples)
+@_placement.any_mesh(lambda centers, x: _placement.samples_of(x, centers))
 def _nearest_by_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
     middle = _middle(centers, _table.compute_dtype(x, centers))
     x = _less(x, middle)

@@ -46,12 +46,16 @@ def reshard(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     return moved
 
 
+def samples_of(x: jax.Array, *others: jax.Array) -> NamedSharding | None:
+    """Where something lies that has one entry for each sample of `x`."""
+    placed = sharding_of(x, *others)
+    return None if placed is None else NamedSharding(placed.mesh, P(*placed.spec[:-1]))
+
+
 def along(x: jax.Array, array: jax.Array) -> jax.Array:
     """`array`, which has one entry for each sample, placed as the samples of `x` are."""
-    if mesh_of(array) is None:
-        return array
-    placed = sharding_of(x, array)
-    return array if placed is None else reshard(array, NamedSharding(placed.mesh, P(*placed.spec[:-1])))
+    placed = samples_of(x, array)
+    return array if placed is None or mesh_of(array) is None else reshard(array, placed)
 
 
 def beside(centers: jax.Array, leaf: jax.Array) -> jax.Array:

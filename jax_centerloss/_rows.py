@@ -57,8 +57,8 @@ def row_optimizer(tx: optax.GradientTransformation) -> RowOptimizer:
     `rule="paper"`.
 
     Construction tries `tx` on a small table, which takes up to a second, and in several processes has to come
-    after `jax.distributed.initialize()`. `tx` works in float32 (float64 for
-    float64 centers), and so is the state of centers in half precision.
+    after `jax.distributed.initialize()`. `tx` works in float32 (float64 for float64 centers), and so is the
+    state of centers in half precision.
 
     Args:
       tx: an optax transformation.
