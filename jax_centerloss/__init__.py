@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jax_centerloss import linen as linen
     from jax_centerloss import nnx as nnx
     from jax_centerloss._optim import with_center_optimizer as with_center_optimizer
+    from jax_centerloss._plot import plot as plot
     from jax_centerloss._rows import row_optimizer as row_optimizer
     from jax_centerloss._torch import from_torch as from_torch
     from jax_centerloss._torch import to_torch as to_torch
@@ -26,6 +27,7 @@ _LAZY = {
     "from_torch": "_torch",
     "linen": "linen",
     "nnx": "nnx",
+    "plot": "_plot",
     "row_optimizer": "_rows",
     "to_torch": "_torch",
     "with_center_optimizer": "_optim",
@@ -41,6 +43,7 @@ __all__ = [
     "linen",
     "nearest_center",
     "nnx",
+    "plot",
     "row_optimizer",
     "to_torch",
     "update_centers",
