@@ -6,6 +6,7 @@ Run as `python tests/make_golden.py`; needs torch. Seeds are fixed, and inputs a
 import dataclasses
 
 import numpy as np
+import peers
 import reference as ref
 from reference import Draw
 
@@ -96,6 +97,10 @@ def main() -> None:
     losses, centers = ref.train_in_torch(training, np.float64)
     arrays |= {f"training/{key}": value for key, value in dataclasses.asdict(training).items()}
     arrays |= {"trained/losses": losses, "trained/centers": centers}
+    for name in peers.TORCH:
+        arrays |= dict(
+            zip((f"recipes/{name}/losses", f"recipes/{name}/centers"), peers.run(name), strict=True)
+        )
     np.savez_compressed(ref.GOLDEN, **arrays)
     print(
         f"torch {ref.torch.__version__}: {len(arrays)} arrays, {ref.GOLDEN.stat().st_size} bytes, joint loss "
