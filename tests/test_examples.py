@@ -1,6 +1,5 @@
 """The examples, run briefly: they learn, center loss compacts, bad flags are refused."""
 
-import importlib.util
 import os
 import re
 import struct
@@ -8,43 +7,36 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _common
+import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "digits.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture(autouse=True)
-def as_users_run_it():
-    # optax's schedules promote int to float.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def digits():
-    spec = importlib.util.spec_from_file_location("digits_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 @pytest.mark.parametrize("centers", ["rule", "optax"])
-def test_learns_and_compacts(digits, centers, tmp_path, capsys):
+def test_learns_and_compacts(centers, tmp_path, capsys):
     out = tmp_path / "new" / "out"
     results = digits.main(["--seeds", "1", "--epochs", "15", "--centers", centers, "--out", str(out)])
-    softmax, center = results["softmax"], results["center"]
+    (softmax,), (center,) = results["softmax"], results["center"]
 
     for arm in (softmax, center):
-        (losses,) = arm["losses"]
+        losses = arm["losses"]
         assert len(losses) == 15
         assert losses[-1] < 0.5 * losses[0]
-        assert arm["accuracy"][0] > 80
-        np.testing.assert_allclose(arm["ratio"][0], arm["own_median"][0] / arm["between"][0], rtol=1e-6)
-    assert center["ratio"][0] < 0.75 * softmax["ratio"][0]
-    assert center["nearest_mean"][0] > softmax["nearest_mean"][0]
+        assert arm["accuracy"] > 80
+    assert center["ratio"] < 0.75 * softmax["ratio"]
+    assert center["nearest_mean"] > softmax["nearest_mean"]
+    assert center["own_distance"] < softmax["own_distance"]
+    assert 0 < center["moved"] < center["own_distance"]
+    # What the optimizer moves has a gradient of λ = 0; the rule moves centers whatever λ is.
+    assert (softmax["moved"] > 0) == (centers == "rule")
 
     png = (out / "digits.png").read_bytes()
     assert results["picture"] == out / "digits.png"
@@ -55,27 +47,24 @@ def test_learns_and_compacts(digits, centers, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "softmax alone" in printed
     assert "with center loss" in printed
-    for title, meaning in digits.METRICS.values():
+    for title, meaning, _ in _common.COMPACTNESS.values():
         assert f"{title}: {meaning}" in printed
 
 
-def test_metrics_by_hand(digits):
-    class Identity:
-        """Features are the input; its logits single out the class at position round(x)."""
-
-    def predict(model, x):
-        return x, jnp.round(x[:, 0]).astype(jnp.int32)
-
+def test_compactness_by_hand():
     # Class means at 0, 1, ..., 9 on a line: 45 pairs, of mean distance (10 + 1) / 3.
     x_train = np.stack([np.repeat(np.arange(10.0), 2), np.tile([1.0, -1.0], 10)], -1).astype(np.float32)
     y_train = np.repeat(np.arange(10), 2).astype(np.int32)
     x_test = np.array([[0.0, 0.25], [3.0, 0.5], [5.0, 4.0], [7.75, 0.0]], np.float32)
     y_test = np.array([0, 3, 5, 7], np.int32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "predict", predict)
-        metrics, features, means = digits.evaluate(Identity(), (x_train, y_train, x_test, y_test))
+    centers = np.stack([np.arange(10.0), np.full(10, 0.25)], -1).astype(np.float32)
+    previous = centers + np.float32([[3.0, 4.0]])
+    metrics, means = _common.compactness(
+        (x_train, y_train), (x_test, y_test), np.array([0, 3, 5, 8]), centers, previous
+    )
     np.testing.assert_allclose(means, np.stack([np.arange(10), np.zeros(10)], -1), atol=1e-6)
-    np.testing.assert_array_equal(features, x_test)
+    to_center = [0.0, 0.25, 3.75, (0.75**2 + 0.25**2) ** 0.5]
+    to_other = [1.0, (1 + 0.25**2) ** 0.5, (1 + 3.75**2) ** 0.5, (0.25**2 + 0.25**2) ** 0.5]
     expected = {
         "accuracy": 75.0,
         "nearest_mean": 75.0,
@@ -83,40 +72,60 @@ def test_metrics_by_hand(digits):
         "own_mean": (0.25 + 0.5 + 4 + 0.75) / 4,
         "between": 11 / 3,
         "ratio": 0.625 / (11 / 3),
+        "own_distance": np.mean(to_center),
+        "gap": np.mean(to_other) - np.mean(to_center),
+        "moved": 5.0,
     }
-    assert metrics == pytest.approx(expected, rel=1e-6)
+    assert metrics == pytest.approx(expected, rel=1e-5)
 
 
-def test_warm_up_is_linear(digits):
-    lams = digits.lam_at(np.arange(6), 0.4, 4)
+def test_spread_and_difference_by_hand():
+    # Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.3027.
+    assert _common.spread([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
+    assert _common.spread([1.5], 1) == "1.5"
+    assert _common.difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], 2) == "+2.00 [-0.48, +4.48]"
+    assert _common.difference([2.0], [3.0], 1) == "-1.0"
+
+
+def test_tables_are_markdown():
+    assert _common.markdown(["arm", "x"], [["a", "10.0"], ["longer", "2"]]).splitlines() == [
+        "| arm    |    x |",
+        "| ------ | ---: |",
+        "| a      | 10.0 |",
+        "| longer |    2 |",
+    ]
+
+
+def test_warm_up_is_linear():
+    lams = _common.lam_at(np.arange(6), 0.4, 4)
     assert lams.dtype == np.float32
     np.testing.assert_allclose(lams, [0.1, 0.2, 0.3, 0.4, 0.4, 0.4], rtol=1e-6)
-    np.testing.assert_allclose(digits.lam_at(np.arange(3), 0.4, 0), [0.4] * 3, rtol=1e-6)
+    np.testing.assert_allclose(_common.lam_at(np.arange(3), 0.4, 0), [0.4] * 3, rtol=1e-6)
 
 
 @pytest.mark.parametrize("lam", [0.0, 1e-4, 0.1, 3.0])
-def test_centers_step_has_no_lam(digits, lam):
+def test_centers_step_has_no_lam(lam):
     lam = jnp.float32(lam)
     grads = {"centers": lam * jnp.array([[1.0, -2.0]])}
-    tx = digits.divide_by_lam()
+    tx = _common.divide_by_lam()
     step, _ = jax.jit(lambda g, lam: tx.update(g, tx.init(g), lam=lam))(grads, lam)
     expected = [[1.0, -2.0]] if lam > 0 else [[0.0, 0.0]]
     np.testing.assert_allclose(step["centers"], expected, rtol=1e-6)
 
 
-def test_warm_up_and_wide_features(digits, tmp_path, capsys):
+def test_warm_up_and_wide_features(tmp_path, capsys):
     flags = ["--quick", "--feat-dim", "3", "--centers", "optax", "--out", str(tmp_path)]
     plain = digits.main(flags)
     results = digits.main([*flags, "--warmup", "5"])
     # The first epoch of the warm-up weighs the center loss least; softmax alone has none to weigh.
-    assert results["center"]["losses"][0][0] < plain["center"]["losses"][0][0]
-    assert results["softmax"]["losses"] == plain["softmax"]["losses"]
+    assert results["center"][0]["losses"][0] < plain["center"][0]["losses"][0]
+    assert results["softmax"][0]["losses"] == plain["softmax"][0]["losses"]
     assert results["picture"] is None
     assert "No picture" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
-def test_lam_zero_is_softmax_alone(digits, tmp_path):
+def test_lam_zero_is_softmax_alone(tmp_path):
     flags = ["--quick", "--epochs", "1", "--feat-dim", "3", "--lam", "0", "--out", str(tmp_path)]
     results = digits.main(flags)
     assert results["center"] == results["softmax"]
@@ -138,31 +147,31 @@ def test_lam_zero_is_softmax_alone(digits, tmp_path):
         ["--warmup", "-1"],
         ["--warmup", "61"],
         ["--centers", "adam"],
-        ["--out", str(SCRIPT)],  # A file, not a folder.
+        ["--out", str(EXAMPLES / "digits.py")],  # A file, not a folder.
         ["--unknown"],
     ],
     ids=" ".join,
 )
-def test_bad_flags(digits, flags, capsys):
+def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         digits.main(flags)
     assert stopped.value.code == 2
     assert flags[0] in capsys.readouterr().err
 
 
-def test_help(digits, capsys):
+def test_help(capsys):
     with pytest.raises(SystemExit) as stopped:
         digits.main(["--help"])
     assert stopped.value.code == 0
     assert "(default: 0.1)" in capsys.readouterr().out
 
 
-def test_divergence_is_named(digits, tmp_path):
-    with pytest.raises(SystemExit, match=r"the loss is not finite\. Lower --lr or --lam\."):
+def test_divergence_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"λ = 0, seed 0: the loss is not finite\. Lower --lr"):
         digits.main(["--quick", "--lr", "100", "--out", str(tmp_path)])
 
 
-def test_interrupt(digits, monkeypatch, tmp_path, capsys):
+def test_interrupt(monkeypatch, tmp_path, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -173,7 +182,7 @@ def test_interrupt(digits, monkeypatch, tmp_path, capsys):
     assert "Stopped" in capsys.readouterr().err
 
 
-SHARDED = SCRIPT.with_name("sharded.py")
+SHARDED = EXAMPLES / "sharded.py"
 
 
 def run_sharded(*arguments):

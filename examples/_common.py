@@ -1,0 +1,222 @@
+"""What the examples share: flags, downloads, the schedule of λ, and tables over seeds."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from scipy import stats
+from tqdm import tqdm
+
+import jax_centerloss
+
+COMPACTNESS = {
+    "accuracy": ("accuracy, %", "test samples that the softmax classifies rightly", 2),
+    "nearest_mean": (
+        "nearest mean, %",
+        "test samples classified rightly by the nearest of the class means of the training features",
+        2,
+    ),
+    "own_median": (
+        "own, median",
+        "Euclidean distance from a test feature to the training mean of its class; half of them are nearer",
+        3,
+    ),
+    "own_mean": ("own, mean", "the mean of the same distances", 3),
+    "between": ("between", "Euclidean distance between training class means, mean over their pairs", 2),
+    "ratio": ("ratio", "median own-class distance / distance between class means: lower is more compact", 4),
+    "own_distance": (
+        "to center",
+        "by `center_metrics`, from a test feature to the center of its class, mean",
+        3,
+    ),
+    "gap": ("gap", "by `center_metrics`, how much farther the nearest other center is, mean", 3),
+    "moved": ("moved", "by `center_metrics`, how far centers moved in the last epoch, mean", 3),
+}
+
+
+def number(kind: type, low: float, *, open_end: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite number from `low` up, `low` itself left out if `open_end`."""
+    bound = f"above {low}" if open_end else f"at least {low}"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a valid {kind.__name__}") from None
+        if not math.isfinite(value) or value < low or (open_end and value == low):
+            raise argparse.ArgumentTypeError(f"must be finite and {bound}, got {text}")
+        return value
+
+    return parse
+
+
+def make_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: can't make the folder {folder}: {error.strerror}")
+
+
+def download(url: str, known_hash: str) -> Path:
+    """The file at `url`, from the cache if it is there. One whose checksum differs is refused."""
+    import pooch
+
+    name, folder = url.rsplit("/", 1)[-1], pooch.os_cache("jax-centerloss")
+    try:
+        return Path(pooch.retrieve(url, known_hash, fname=name, path=folder, progressbar=True))
+    except (OSError, ValueError) as error:  # Nothing came, or something else.
+        raise SystemExit(
+            f"Can't get {url}: {error}\nWith the data at hand, pass its folder as --data."
+        ) from None
+
+
+def progress(total: int, unit: str) -> tqdm:
+    pause = 0.1 if sys.stderr.isatty() else 5  # A log should not fill with bars.
+    return tqdm(total=total, unit=unit, mininterval=pause)
+
+
+@contextmanager
+def stopped_by_hand() -> Iterator[None]:
+    """Ends the program on Ctrl-C with a line instead of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nStopped before the end.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def check_finite(losses: Sequence[float], run: str) -> None:
+    if not np.isfinite(losses).all():
+        raise SystemExit(f"{run}: the loss is not finite. Lower --lr or the weight of the center loss.")
+
+
+def lam_at(steps: np.ndarray, lam: float, warmup_steps: int) -> np.ndarray:
+    """The weight of the center loss at each step: linear from lam / warmup_steps up to lam."""
+    return (lam * np.minimum(1.0, (steps + 1) / max(warmup_steps, 1))).astype(np.float32)
+
+
+def divide_by_lam() -> optax.GradientTransformationExtraArgs:
+    """Takes λ, which changes from step to step, out of the centers' gradient again; at λ = 0 they rest."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, lam: jax.Array, **_: Any) -> Any:
+        del params
+        inverse = jnp.where(lam > 0, 1 / jnp.where(lam > 0, lam, jnp.ones_like(lam)), jnp.zeros_like(lam))
+        return jax.tree.map(lambda g: inverse * g, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def compactness(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    predicted: np.ndarray,
+    centers: Any,
+    previous: Any,
+) -> tuple[dict[str, float], np.ndarray]:
+    """The numbers of `COMPACTNESS` from features and labels, and the class means of the training features."""
+    (x_train, y_train), (x_test, y_test) = train, test
+    means = np.stack([x_train[y_train == j].mean(0) for j in range(y_train.max() + 1)])
+    nearest = np.asarray(jax_centerloss.nearest_center(means, x_test))
+    own = np.linalg.norm(x_test - means[y_test], axis=-1)
+    first, second = np.triu_indices(len(means), k=1)
+    between = np.linalg.norm(means[first] - means[second], axis=-1).mean()
+    metrics = {
+        "accuracy": 100 * np.mean(predicted == y_test),
+        "nearest_mean": 100 * np.mean(nearest == y_test),
+        "own_median": np.median(own),
+        "own_mean": own.mean(),
+        "between": between,
+        "ratio": np.median(own) / between,
+        **jax_centerloss.center_metrics(centers, x_test, y_test, previous=previous),
+    }
+    return {name: float(metrics[name]) for name in COMPACTNESS}, means
+
+
+def compactness_table(arms: dict[str, list[dict[str, float]]]) -> str:
+    """A line for each arm, mean ± standard deviation over the seeds, and what each column means."""
+    rows = [
+        [arm, *(spread([run[name] for run in runs], digits) for name, (*_, digits) in COMPACTNESS.items())]
+        for arm, runs in arms.items()
+    ]
+    meanings = [f"{title}: {meaning}" for title, meaning, _ in COMPACTNESS.values()]
+    return "\n".join([markdown(["", *(title for title, *_ in COMPACTNESS.values())], rows), "", *meanings])
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation over the seeds (of the sample, with n - 1)."""
+    text = f"{np.mean(values):.{digits}f}"
+    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
+
+
+def difference(first: Sequence[float], second: Sequence[float], digits: int) -> str:
+    """The mean of `first - second`, paired by seed, with its 95 % interval by Student's t."""
+    gained = np.subtract(first, second)
+    text = f"{gained.mean():+.{digits}f}"
+    if len(gained) < 2:
+        return text
+    reach = stats.sem(gained) * stats.t.ppf(0.975, len(gained) - 1)
+    return f"{text} [{gained.mean() - reach:+.{digits}f}, {gained.mean() + reach:+.{digits}f}]"
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns line up, for the eye and for Markdown alike."""
+    lines = [list(heads), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, [f"{'-' * (width - 1)}:" if i else "-" * width for i, width in enumerate(widths)])
+    padded = [
+        [
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in lines
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+@dataclass
+class Plane:
+    """What one panel of a picture shows, all of two dimensions; see `jax_centerloss.plot`."""
+
+    title: str
+    centers: Any
+    features: np.ndarray
+    labels: np.ndarray
+    previous: Any = None
+
+
+def draw_planes(
+    path: Path,
+    title: str,
+    planes: Sequence[Plane],
+    names: Sequence[str],
+    axis_names: tuple[str, str] = ("feature 1", "feature 2"),
+) -> None:
+    """Feature planes side by side, each on its own scale, and one legend with the names of the classes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(planes), figsize=(5 * len(planes) + 1, 5.5), layout="constrained", squeeze=False
+    )
+    for axis, plane in zip(axes[0], planes, strict=True):
+        jax_centerloss.plot(plane.centers, plane.features, plane.labels, previous=plane.previous, ax=axis)
+        axis.set(title=plane.title, xlabel=axis_names[0], ylabel=axis_names[1])
+        legend = axis.get_legend()
+        legend.remove()
+    # The classes of the last panel, which are those of all.
+    numbers = [int(text.get_text()) for text in legend.get_texts()]
+    figure.legend(legend.legend_handles, [names[j] for j in numbers], loc="outside right center")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -1,0 +1,188 @@
+"""The MNIST example, on scikit-learn's digits written as files of MNIST's format."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import mnist
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
+
+
+def idx(array, kind=8, zeros=0):
+    head = struct.pack(f">HBB{array.ndim}I", zeros, kind, array.ndim, *array.shape)
+    return gzip.compress(head + array.astype(np.uint8).tobytes(), compresslevel=1)
+
+
+@pytest.fixture(scope="module")
+def files():
+    """1,797 real digits of 8 x 8 pixels, enlarged to 28 x 28; the last 397 are for the test."""
+    data = load_digits()
+    images = np.pad(np.kron(data.images * 15.9375, np.ones((3, 3))), ((0, 0), (2, 2), (2, 2))).round()
+    names = list(mnist.SHA256)
+    arrays = (images[:1400], data.target[:1400], images[1400:], data.target[1400:])
+    return {name: idx(array) for name, array in zip(names, arrays, strict=True)}
+
+
+@pytest.fixture
+def folder(files, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def flags(folder, *more):
+    return [
+        *("--data", str(folder), "--out", str(folder / "out"), "--lams", "0", "0.1", "--seeds", "1"),
+        *("--batch-size", "64", "--warmup", "1", *more),
+    ]
+
+
+@pytest.mark.parametrize("centers", ["rule", "optax"])
+def test_learns_and_compacts(folder, centers, capsys):
+    results = mnist.main(flags(folder, "--epochs", "8", "--centers", centers))
+    (softmax,), (center,) = results[0.0], results[0.1]
+    for run in (softmax, center):
+        assert len(run["losses"]) == 8
+        assert run["losses"][-1] < 0.5 * run["losses"][0]
+        assert run["accuracy"] > 60
+    assert center["ratio"] < 0.8 * softmax["ratio"]
+    assert center["own_distance"] < 0.5 * softmax["own_distance"]
+    assert 0 < center["moved"] < center["own_distance"]
+    assert (folder / "out" / "mnist.png").read_bytes().startswith(b"\x89PNG")
+    assert "| λ = 0.1 |" in capsys.readouterr().out
+
+
+def test_goes_on_where_it_was_stopped(folder, monkeypatch, capsys):
+    command = flags(folder, "--epochs", "3", "--images", "256", "--lams", "0.1")
+    whole = mnist.main(flags(folder, *command[4:], "--out", str(folder / "other")))
+    steps, train_step = [], mnist.train_step
+
+    def stops(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 7:  # In the second of three epochs of four steps.
+            raise KeyboardInterrupt
+        return train_step(*args, **kwargs)
+
+    monkeypatch.setattr(mnist, "train_step", stops)
+    with pytest.raises(SystemExit) as stopped:
+        mnist.main(command)
+    assert stopped.value.code == 130
+    assert "Stopped" in capsys.readouterr().err
+    assert mnist.main(command) == whole
+    assert len(steps) == 7 + 2 * 4  # The first epoch was kept.
+    assert mnist.main(command) == whole
+    assert len(steps) == 7 + 2 * 4  # A finished run is not trained again,
+    mnist.main([*command, "--alpha", "0.25", "--epochs", "1"])
+    assert len(steps) == 7 + 3 * 4  # one with other settings is.
+
+
+def test_the_papers_network_has_its_shapes():
+    model = mnist.Model(True, "rule", rngs=mnist.nnx.Rngs(0))
+    kernels = [layer.kernel.shape for layer in model.layers.layers if hasattr(layer, "kernel")]
+    assert kernels == [
+        *((5, 5, 1, 32), (5, 5, 32, 32), (5, 5, 32, 64), (5, 5, 64, 64), (5, 5, 64, 128), (5, 5, 128, 128)),
+    ]
+    assert model.embed.kernel.shape == (3 * 3 * 128, 2)
+    assert model.features(np.zeros((2, 28, 28), np.uint8)).shape == (2, 2)
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
+BROKEN = {
+    "no such file": (IMAGES, None, "No such file"),
+    "not gzip": (IMAGES, b"plain text", "Not a gzipped file"),
+    "cut gzip": (IMAGES, lambda content: content[:5000], "ended before"),
+    "flipped bytes": (IMAGES, lambda content: content[:100] + b"\xff" * 900 + content[1000:], "decompress"),
+    "empty": (IMAGES, gzip.compress(b""), "unpack requires"),
+    "wrong magic": (IMAGES, idx(np.zeros((4, 28, 28)), zeros=7), "first bytes"),
+    "not bytes": (IMAGES, idx(np.zeros((4, 28, 28)), kind=13), "first bytes"),
+    "other size": (IMAGES, idx(np.zeros((4, 32, 32))), "32 x 32, expected 28 x 28"),
+    "too few items": (
+        IMAGES,
+        gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 100, 28, 28)),
+        "after 0 of 78,400",
+    ),
+    "huge claim": (
+        IMAGES,
+        gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2**32 - 1, 28, 28) + b"\0" * 784),
+        "after 784 of 15,680,000",
+    ),
+    "huge images": (
+        IMAGES,
+        gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 1, 2**31, 2**31)),
+        "expected 28 x 28",
+    ),
+    "fewer labels": (LABELS, idx(np.zeros(3)), "There are 1400 training images and 3 labels"),
+    "letters": (LABELS, idx(np.arange(1400) % 26), "label is 25, expected 0 to 9"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN.values(), ids=BROKEN)
+def test_broken_files_are_named(folder, name, content, message):
+    path = folder / name
+    path.write_bytes(content(path.read_bytes()) if callable(content) else content or b"")
+    if content is None:
+        path.unlink()
+    with pytest.raises(SystemExit, match=message) as stopped:
+        mnist.main(flags(folder))
+    assert isinstance(stopped.value.code, str)  # A message, not a code.
+
+
+def test_no_more_is_unpacked_than_asked_for(tmp_path):
+    # A bomb: 2 GiB of zeros in 2 MiB, of which ten images are asked for.
+    import tracemalloc
+
+    path = tmp_path / "bomb.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(struct.pack(">HBB3I", 0, 8, 3, 2_700_000, 28, 28))
+        for _ in range(32):
+            file.write(bytes(2**20))
+    tracemalloc.start()
+    try:
+        assert mnist.read_idx(path, 10).shape == (10, 28, 28)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--lams", "-1"], "at least 0"),
+        (["--warmup", "9"], "--warmup: 9 is above the 8 epochs"),
+        (["--images", "0"], "at least 1"),
+        (["--centers", "adam"], "invalid choice"),
+    ],
+)
+def test_bad_flags(folder, more, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        mnist.main(flags(folder, *more))
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_batch_above_the_data(folder):
+    with pytest.raises(SystemExit, match="--batch-size: 64 is above the 32 training images"):
+        mnist.main(flags(folder, "--images", "32"))
+
+
+def test_divergence_is_named(folder):
+    with pytest.raises(SystemExit, match=r"λ = 0, seed 0: the loss is not finite"):
+        mnist.main(flags(folder, "--lr", "1000", "--epochs", "2"))
+
+
+def test_defaults_of_each_form(tmp_path):
+    found = {}
+    for form in ([], ["--quick"], ["--full"], ["--full", "--epochs", "3"]):
+        args = mnist.parse_args([*form, "--out", str(tmp_path)])
+        found[tuple(form)] = (args.images, args.epochs, args.full, args.seeds)
+    assert list(found.values()) == [
+        (20_000, 8, False, 5),
+        (2000, 3, False, 1),
+        (60_000, 20, True, 5),
+        (60_000, 3, True, 5),
+    ]
+    assert Path(tmp_path).is_dir()

@@ -1,0 +1,189 @@
+"""The Omniglot example, on strokes drawn for these tests, or on the real ones in CENTERLOSS_DATA/omniglot."""
+
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import omniglot
+import pytest
+from PIL import Image, ImageDraw
+
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
+
+REAL = os.environ.get("CENTERLOSS_DATA")
+
+
+def archive(folder, name, alphabets, characters, drawings, seed):
+    """Characters of three strokes each; every drawing of one moves their ends a little."""
+    random = np.random.default_rng(seed)
+    with zipfile.ZipFile(folder / f"{name}.zip", "w") as file:
+        for alphabet in range(alphabets):
+            for character in range(characters):
+                ends = random.uniform(15, 90, (3, 4))
+                for drawing in range(drawings):
+                    picture = Image.new("1", (105, 105), 1)
+                    for stroke in ends + random.normal(0, 3, (3, 4)):
+                        ImageDraw.Draw(picture).line(stroke.tolist(), fill=0, width=3)
+                    content = io.BytesIO()
+                    picture.save(content, "png")
+                    path = (
+                        f"{name}/alphabet{alphabet}/character{character:02}/{character:02}_{drawing:02}.png"
+                    )
+                    file.writestr(path, content.getvalue())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("omniglot")
+    archive(made, "images_background", 5, 4, 12, seed=0)
+    archive(made, "images_evaluation", 2, 5, 12, seed=1)
+    return made
+
+
+def test_learns_and_verifies(folder, tmp_path, capsys):
+    flags = ["--batch-size", "32", "--epochs", "6", "--warmup", "0", "--seeds", "1", "--lr", "0.05"]
+    if REAL:
+        results = omniglot.main(["--data", str(Path(REAL) / "omniglot"), "--quick", "--out", str(tmp_path)])
+    else:
+        results = omniglot.main(["--data", str(folder), "--out", str(tmp_path), *flags])
+    (softmax,), (center,), (frozen,) = (results[arm] for arm in ("softmax", "center", "frozen"))
+    for run in (softmax, center, frozen):
+        assert run["losses"][-1] < 0.9 * run["losses"][0]
+    assert softmax["all"]["tar1"] > 0.05  # Five times what guessing finds.
+    # Only the second arm's centers move; both pull features in.
+    assert center["moved"] > 0 == frozen["moved"] == softmax["moved"]
+    assert center["norm"] < softmax["norm"]
+    assert frozen["norm"] < softmax["norm"]
+    for picture in ("omniglot.png", "omniglot_features.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "center loss - frozen centers (control)" in printed
+
+
+def test_lambda_is_chosen_on_alphabets_that_are_not_trained_on(folder, tmp_path, monkeypatch, capsys):
+    background = omniglot.load(folder, "images_background")
+    trained, judged = [], []
+
+    def train(args, data, arm, lam, seed, bar):
+        trained.append((arm, lam, seed, {image.tobytes() for image in data.images}, data.labels.max() + 1))
+        metrics = dict.fromkeys(omniglot.TRAINED, 0.0)
+        return lam, metrics
+
+    def verify(features, chosen):
+        judged.append(features)
+        lam = features[0]
+        return {kind: {"tar1": 1 - abs(lam - 0.02)} for kind in omniglot.NEGATIVES}
+
+    monkeypatch.setattr(omniglot, "train", train)
+    monkeypatch.setattr(omniglot, "embed", lambda model, images: (model, images))
+    monkeypatch.setattr(omniglot, "verify", verify)
+    flags = ["--select", "2", "--seeds", "0", "--grid", "0.1", "0.03", "0.003", "--out", str(tmp_path)]
+    args = omniglot.parse_args(flags)
+    assert omniglot.select(args, background) == {"softmax": 0.0, "center": 0.03, "frozen": 0.03}
+    assert len(trained) == (1 + 3 + 3) * 2
+    held_out = {image.tobytes() for image in background.images[background.alphabets == 4]}
+    for (*_, images, classes), (_, judge) in zip(trained, judged, strict=True):
+        assert classes == 16
+        assert {image.tobytes() for image in judge} == held_out
+        assert not images & held_out
+        assert len(images | held_out) == len({image.tobytes() for image in background.images})
+    assert not {seed for _, _, seed, *_ in trained} & {*range(100)}  # Other seeds than the comparison's.
+    assert "held-out training alphabets" in capsys.readouterr().out
+
+
+def test_loads_what_was_drawn(folder):
+    data = omniglot.load(folder, "images_background")
+    assert data.images.shape == (240, 28, 28)
+    np.testing.assert_array_equal(np.bincount(data.labels), np.full(20, 12))
+    np.testing.assert_array_equal(np.bincount(data.alphabets), np.full(5, 48))
+    np.testing.assert_array_equal(data.alphabets, data.labels // 4)
+    assert data.images[:, 0, 0].max() == 0  # Paper is 0, ink is not.
+    assert data.images.max() > 200
+    part = data.part(data.alphabets % 2 == 1)
+    np.testing.assert_array_equal(part.labels, np.repeat(np.arange(8), 12))
+    np.testing.assert_array_equal(part.images[:48], data.images[48:96])
+
+
+def test_pairs_are_what_they_are_called(folder):
+    data = omniglot.load(folder, "images_evaluation")
+    pairs = omniglot.pairs(data, 2000)
+    same_character = data.labels[:, None] == data.labels
+    same_alphabet = data.alphabets[:, None] == data.alphabets
+    upper = np.triu(np.ones_like(same_character), k=1)
+    for kind, expected in [("match", same_character), ("same", same_alphabet & ~same_character)]:
+        found = np.zeros_like(upper)
+        found[tuple(pairs[kind])] = True
+        np.testing.assert_array_equal(found, expected & upper)
+        assert pairs[kind].shape[1] == np.count_nonzero(found)  # Each once.
+    assert not np.any(same_character[tuple(pairs["all"])])
+    # Of 120 drawings, 108 have another character than a given one, 60 another alphabet.
+    assert np.mean(~same_alphabet[tuple(pairs["all"])]) == pytest.approx(60 / 108, abs=0.05)
+
+
+def test_rates_against_counting():
+    # Cosines by hand: matches at 0.9, 0.7, 0.5 and 0.1; of 1,000 negatives a tenth of a percent each above.
+    def at(cosine):
+        return np.array([cosine, np.sqrt(1 - cosine**2)])
+
+    matches, others = [0.9, 0.7, 0.5, 0.1], np.linspace(-0.8, 0.6, 1000)
+    features = np.stack([7 * at(1.0), *(3 * at(c) for c in (*matches, *others))])
+    zero = np.zeros(1000, int)
+    chosen = {
+        "match": np.stack([zero[:4], 1 + np.arange(4)]),
+        "all": np.stack([zero, 5 + np.arange(1000)]),
+        "same": np.stack([zero, 5 + np.arange(1000)]),
+    }
+    found = omniglot.verify(features, chosen)["all"]
+    # At a threshold of 0.5, 72 negatives are above: 7 %. So 1 % and 0.1 % accept two of four matches.
+    assert (found["tar1"], found["tar01"]) == (0.5, 0.5)
+    # A quarter of the matches is refused from 0.1 to 0.5, where 7 to 36 % of negatives pass: 25 % in between.
+    assert found["eer"] == pytest.approx(0.25, abs=2e-3)
+    np.testing.assert_allclose(found["curve"][-1], 1.0)
+
+
+def test_shifts_move_the_drawing():
+    images = np.zeros((3, 28, 28), np.uint8)
+    images[:, 10, 12] = 255
+    shifted = np.asarray(omniglot.shifted(images, np.array([[2, 2], [0, 2], [4, 0]])))
+    assert [tuple(map(int, np.argwhere(image)[0])) for image in shifted] == [(10, 12), (12, 12), (8, 14)]
+
+
+def test_broken_archives_are_named(folder, tmp_path):
+    def load():
+        omniglot.load(tmp_path, "images_background")
+
+    path = tmp_path / "images_background.zip"
+    with pytest.raises(SystemExit, match=r"no images_background\*\.zip"):
+        load()
+    content = (folder / "images_background.zip").read_bytes()
+    for broken in (b"", b"no archive", content[: len(content) // 2]):
+        path.write_bytes(broken)
+        with pytest.raises(SystemExit, match=r"background\.zip is not an archive"):
+            load()
+    for member, data in (("a/b/c/d.png", b"no picture"), ("a/d.png", b""), ("a/b/c/d.png", bytes(2**21))):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr(member, data)
+        with pytest.raises(SystemExit, match=r"background\.zip is not an archive"):
+            load()
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("readme.txt", "nothing")
+    with pytest.raises(SystemExit, match="holds no drawings"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--warmup", "13"], "--warmup: 13 is above the 12 epochs"),
+        (["--arms", "triplet"], "invalid choice"),
+        (["--grid", "-1"], "at least 0"),
+        (["--negatives", "0"], "at least 1"),
+    ],
+)
+def test_bad_flags(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        omniglot.main(flags)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
