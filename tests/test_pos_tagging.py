@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pos_tagging
 import pytest
+from flax import nnx
 
 import jax_centerloss
 
@@ -82,12 +83,11 @@ def test_time_major_is_the_same(folder):
     batch, words = batch_of(folder)
     found = []
     for time_major in (False, True):
-        model = pos_tagging.Tagger(words, 8, time_major, rngs=pos_tagging.nnx.Rngs(0))
+        model = pos_tagging.Tagger(words, 8, time_major, rngs=nnx.Rngs(0))
         model.eval()
         given = pos_tagging.layout(batch, time_major)
-        x = model.features(given[0], given[2])
+        loss, x = nnx.jit(pos_tagging.tag_loss)(model, *given, 0.1)
         assert x.shape == (*given[0].shape, 16)
-        loss, _ = pos_tagging.tag_loss(model, *given, lam=0.1)
         found.append(float(loss))
     assert batch[0].shape[0] != batch[0].shape[1]
     np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
@@ -95,15 +95,16 @@ def test_time_major_is_the_same(folder):
 
 def test_padding_changes_nothing(folder):
     (words, labels, lengths), count = batch_of(folder)
-    model = pos_tagging.Tagger(count, 8, False, rngs=pos_tagging.nnx.Rngs(0))
+    model = pos_tagging.Tagger(count, 8, False, rngs=nnx.Rngs(0))
     model.eval()
-    x = np.asarray(model.features(words, lengths), np.float64)
-    centers = np.asarray(jax.tree.leaves(pos_tagging.nnx.state(model.center_loss))[0], np.float64)
+    features = nnx.jit(pos_tagging.Tagger.features)
+    x = np.asarray(features(model, words, lengths), np.float64)
+    centers = np.asarray(jax.tree.leaves(nnx.state(model.center_loss))[0], np.float64)
     # The same words one sentence at a time, without padding, by hand in float64.
     cross_entropy, distance = [], []
-    head = model.head.kernel[...].astype(np.float64), model.head.bias[...].astype(np.float64)
+    head = [np.asarray(leaf[...], np.float64) for leaf in (model.head.kernel, model.head.bias)]
     for i, n in enumerate(lengths):
-        alone = np.asarray(model.features(words[i : i + 1, :n], lengths[i : i + 1])[0], np.float64)
+        alone = np.asarray(features(model, words[i : i + 1, :n], lengths[i : i + 1])[0], np.float64)
         np.testing.assert_allclose(x[i, :n], alone, rtol=1e-5, atol=1e-6)
         logits = alone @ head[0] + head[1]
         likelihood = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)

@@ -165,9 +165,11 @@ def test_model_on_a_mesh():
     assert float(loss) < first
 
 
-def test_metrics(capsys):
-    run(block("center_metrics"))
+def test_metrics_and_plot(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(block("center_metrics("))
     assert re.search(r"'classes_seen': 2.0.*'moved': \d\.\d+", capsys.readouterr().out)
+    assert (tmp_path / "features.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_checkpoint(tmp_path, monkeypatch):
