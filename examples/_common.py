@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,30 @@ def number(kind: type, low: float, *, open_end: bool = False) -> Callable[[str],
     return parse
 
 
-def make_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, *, epochs: Any, warmup: int, batch_size: int, seeds: int, lr: float
+) -> None:
+    """The flags of every example that trains, with these defaults."""
+    add = parser.add_argument
+    add("--epochs", type=number(int, 1), default=epochs, help="epochs of each run")
+    add("--warmup", type=number(int, 0), default=warmup, help="epochs over which λ rises linearly")
+    add("--alpha", type=number(float, 0), default=0.5, help="rate of the centers, whatever λ is")
+    add("--batch-size", type=number(int, 1), default=batch_size, help="samples per step")
+    add("--seeds", type=number(int, 1), default=seeds, help="runs of each kind, with seeds 0, 1, ...")
+    add("--lr", type=number(float, 0, open_end=True), default=lr, help="peak rate of the network's optimizer")
+    add("--out", type=Path, default=Path("out"), help="folder for what is written")
+    add("--quick", action="store_true", help="short, on little data and with one seed: that it runs")
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.quick:
+        args.seeds, args.warmup = 1, min(args.warmup, args.epochs)
+    if args.warmup > args.epochs:
+        parser.error(f"argument --warmup: {args.warmup} is above the {args.epochs} epochs")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"argument --out: can't make the folder {folder}: {error.strerror}")
+        parser.error(f"argument --out: can't make the folder {args.out}: {error.strerror}")
 
 
 def download(url: str, known_hash: str) -> Path:
@@ -151,6 +171,19 @@ def compactness_table(arms: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join([markdown(["", *(title for title, *_ in COMPACTNESS.values())], rows), "", *meanings])
 
 
+@cache  # One object for all runs: a new one would compile their step anew.
+def make_optimizer(
+    centers: str, lr: float, weight_decay: float, alpha: float, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """SGD for the network; if `centers` is "optax", plain SGD of rate `alpha` for them, without λ."""
+    sgd = optax.sgd(optax.cosine_decay_schedule(lr, steps), momentum=0.9)
+    tx = optax.chain(optax.add_decayed_weights(weight_decay), sgd)
+    if centers == "optax":
+        own = optax.chain(divide_by_lam(), optax.sgd(alpha))
+        return jax_centerloss.with_center_optimizer(tx, centers=own)
+    return optax.with_extra_args_support(tx)
+
+
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean ± standard deviation over the seeds (of the sample, with n - 1)."""
     text = f"{np.mean(values):.{digits}f}"
@@ -201,22 +234,24 @@ def draw_planes(
     axis_names: tuple[str, str] = ("feature 1", "feature 2"),
 ) -> None:
     """Feature planes side by side, each on its own scale, and one legend with the names of the classes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(planes), figsize=(5 * len(planes) + 1, 5.5), layout="constrained", squeeze=False
-    )
-    for axis, plane in zip(axes[0], planes, strict=True):
+    figure = new_figure(5 * len(planes) + 1, 5.5)
+    axes = figure.subplots(1, len(planes), squeeze=False)[0]
+    handles: dict[int, Any] = {}
+    for axis, plane in zip(axes, planes, strict=True):
         jax_centerloss.plot(plane.centers, plane.features, plane.labels, previous=plane.previous, ax=axis)
         axis.set(title=plane.title, xlabel=axis_names[0], ylabel=axis_names[1])
-        legend = axis.get_legend()
-        legend.remove()
-    # The classes of the last panel, which are those of all.
-    numbers = [int(text.get_text()) for text in legend.get_texts()]
-    figure.legend(legend.legend_handles, [names[j] for j in numbers], loc="outside right center")
+        if legend := axis.get_legend():
+            numbers = [int(text.get_text()) for text in legend.get_texts()]
+            handles |= zip(numbers, legend.legend_handles, strict=True)
+            legend.remove()
+    shown = sorted(handles)
+    figure.legend([handles[j] for j in shown], [names[j] for j in shown], loc="outside right center")
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A figure that no window and no notebook knows of: it is only to be saved."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

@@ -8,7 +8,6 @@ trains a small Flax NNX network both ways, over several seeds, prints a table an
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,13 +16,14 @@ import numpy as np
 import optax
 from _common import (
     Plane,
+    add_flags,
     check_finite,
+    check_flags,
     compactness,
     compactness_table,
-    divide_by_lam,
     draw_planes,
     lam_at,
-    make_folder,
+    make_optimizer,
     number,
     progress,
     stopped_by_hand,
@@ -57,14 +57,6 @@ class Model(nnx.Module):
 
     def features(self, x: jax.Array) -> jax.Array:
         return self.embed(nnx.relu(self.hidden2(nnx.relu(self.hidden1(x)))))
-
-
-def make_optimizer(args: argparse.Namespace, steps: int) -> optax.GradientTransformationExtraArgs:
-    tx = optax.sgd(optax.cosine_decay_schedule(args.lr, steps), momentum=0.9)
-    if args.centers == "optax":
-        own = optax.chain(divide_by_lam(), optax.sgd(args.alpha))
-        return jax_centerloss.with_center_optimizer(tx, centers=own)
-    return optax.with_extra_args_support(tx)
 
 
 def make_epoch(args: argparse.Namespace) -> Epoch:
@@ -143,30 +135,20 @@ def parse_args(argv: Sequence[str] | None, train_size: int) -> argparse.Namespac
     )
     add = parser.add_argument
     add("--lam", type=number(float, 0), default=0.1, help="weight λ of the center loss")
-    add("--warmup", type=number(int, 0), default=0, help="epochs over which λ rises linearly to --lam")
-    add("--alpha", type=number(float, 0), default=0.5, help="rate of the centers, whatever λ is")
     add(
         "--centers",
         choices=["rule", "optax"],
         default="rule",
         help="what moves the centers: the paper's rule, or gradient descent by an optax chain of their own",
     )
-    add("--epochs", type=number(int, 1), default=60, help="epochs of each run")
-    add("--seeds", type=number(int, 1), default=5, help="runs of each kind, with seeds 0, 1, ...")
     add("--feat-dim", type=number(int, 1), default=2, help="features per sample; drawn if they are 2")
-    add("--batch-size", type=number(int, 1), default=64, help="samples per step")
-    add("--lr", type=number(float, 0, open_end=True), default=0.1, help="peak rate of the network's SGD")
-    add("--out", type=Path, default=Path("out"), help="folder for digits.png")
-    add("--quick", action="store_true", help="one seed and at most 5 epochs, to see that it runs")
+    add_flags(parser, epochs=60, warmup=0, batch_size=64, seeds=5, lr=0.1)
     args = parser.parse_args(argv)
     if args.batch_size > train_size:
         parser.error(f"argument --batch-size: {args.batch_size} is above the {train_size} training samples")
-    if args.warmup > args.epochs:
-        parser.error(f"argument --warmup: {args.warmup} is above the {args.epochs} epochs")
     if args.quick:
-        args.seeds, args.epochs = 1, min(args.epochs, 5)
-        args.warmup = min(args.warmup, args.epochs)
-    make_folder(parser, args.out)
+        args.epochs = min(args.epochs, 5)
+    check_flags(parser, args)
     return args
 
 
@@ -179,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     data = (x_train, y_train, x_test, y_test)
     args = parse_args(argv, len(y_train))
-    tx = make_optimizer(args, args.epochs * (len(y_train) // args.batch_size))
+    steps = args.epochs * (len(y_train) // args.batch_size)
+    tx = make_optimizer(args.centers, args.lr, 0.0, args.alpha, steps)
     epoch = make_epoch(args)
 
     with stopped_by_hand():

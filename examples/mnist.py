@@ -13,11 +13,12 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,14 +26,15 @@ import optax
 import orbax.checkpoint as ocp
 from _common import (
     Plane,
+    add_flags,
     check_finite,
+    check_flags,
     compactness,
     compactness_table,
-    divide_by_lam,
     download,
     draw_planes,
     lam_at,
-    make_folder,
+    make_optimizer,
     number,
     progress,
     stopped_by_hand,
@@ -52,19 +54,18 @@ SHA256 = {
 }
 
 # What a run depends on besides λ and its seed.
-SETTINGS = ("warmup", "alpha", "images", "epochs", "batch_size", "lr", "weight_decay", "full")
+SETTINGS = ("centers", "warmup", "alpha", "images", "epochs", "batch_size", "lr", "weight_decay", "full")
 
 
-def read_idx(path: Path, limit: int | None = None) -> np.ndarray:
-    """The bytes of an idx.gz file, of its first `limit` items.
+def read_idx(path: Path, rank: int, limit: int | None = None) -> np.ndarray:
+    """The bytes of an idx.gz file, of its first `limit` items: labels have rank 1, images 3.
 
     What it declares is not trusted: no more is unpacked than is asked for, and what is missing is an error.
     """
     try:
         with gzip.open(path) as file:
-            zeros, kind, rank = struct.unpack(">HBB", file.read(4))
-            if zeros != 0 or kind != 8 or rank not in (1, 3):
-                raise ValueError("its first bytes are not those of images or labels in single bytes")
+            if struct.unpack(">HBB", file.read(4)) != (0, 8, rank):
+                raise ValueError(f"its first bytes are not those of {'images' if rank == 3 else 'labels'}")
             count, *shape = struct.unpack(f">{rank}I", file.read(4 * rank))
             if rank == 3 and shape != [SIDE, SIDE]:
                 raise ValueError(f"its images are {shape[0]} x {shape[1]}, expected {SIDE} x {SIDE}")
@@ -83,12 +84,15 @@ def load(data: Path | None, limit: int) -> tuple[np.ndarray, ...]:
     arrays = []
     for name, sha in SHA256.items():
         path = download(SOURCE + name, f"sha256:{sha}") if data is None else data / name
-        arrays.append(read_idx(path, limit if name.startswith("train") else None))
+        rank = 3 if "idx3" in name else 1
+        arrays.append(read_idx(path, rank, limit if name.startswith("train") else None))
     for images, labels, part in ((*arrays[:2], "training"), (*arrays[2:], "test")):
         if len(images) != len(labels) or not len(labels):
             raise SystemExit(f"There are {len(images)} {part} images and {len(labels)} labels.")
         if labels.max() >= CLASSES:
             raise SystemExit(f"A {part} label is {labels.max()}, expected 0 to {CLASSES - 1}.")
+    if absent := sorted({*range(CLASSES)} - {*arrays[1].tolist()}):
+        raise SystemExit(f"The {len(arrays[1])} training images hold none of class {absent[0]}.")
     return tuple(array.astype(np.int32) if array.ndim == 1 else array for array in arrays)
 
 
@@ -124,18 +128,6 @@ def pool(x: jax.Array) -> jax.Array:
     return nnx.max_pool(x, (2, 2), (2, 2))
 
 
-@cache  # One object for all runs: a new one would compile their step anew.
-def make_optimizer(
-    centers: str, lr: float, weight_decay: float, alpha: float, steps: int
-) -> optax.GradientTransformationExtraArgs:
-    sgd = optax.sgd(optax.cosine_decay_schedule(lr, steps), momentum=0.9)
-    tx = optax.chain(optax.add_decayed_weights(weight_decay), sgd)
-    if centers == "optax":
-        own = optax.chain(divide_by_lam(), optax.sgd(alpha))
-        return jax_centerloss.with_center_optimizer(tx, centers=own)
-    return optax.with_extra_args_support(tx)
-
-
 @partial(nnx.jit, static_argnames="by_rule", donate_argnums=(0, 1))
 def train_step(
     model: Model,
@@ -159,28 +151,25 @@ def train_step(
     return loss
 
 
-class Checkpoints:
-    """The last finished epoch of one run, in a folder named after everything that the run depends on."""
+def run_folder(args: argparse.Namespace, data: tuple[np.ndarray, ...], lam: float, seed: int) -> Path:
+    """Where a run keeps its last epoch: another folder for whatever else its numbers depend on."""
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"lam": lam, "seed": seed}
+    versions = [jax.__version__, flax.__version__, optax.__version__, jax_centerloss.__version__]
+    digest = hashlib.sha256(repr((sorted(settings.items()), versions)).encode())
+    for array in data[:2]:
+        digest.update(array)
+    return (args.out / "mnist-runs" / f"lam{lam:g}-seed{seed}-{digest.hexdigest()[:12]}").absolute()
 
-    def __init__(self, args: argparse.Namespace, lam: float, seed: int) -> None:
-        settings = {name: getattr(args, name) for name in SETTINGS} | {"data": str(args.data)}
-        digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        self.manager = ocp.CheckpointManager(
-            (args.out / "mnist-runs" / f"{args.centers}-{lam:g}-{seed}-{digest}").absolute(),
-            options=options,
-            item_handlers=ocp.StandardCheckpointHandler(),
-        )
 
-    def restore(self, state: Any) -> tuple[int, Any]:
-        """The number of finished epochs, and the state after them; `state` itself if there are none."""
-        epoch = self.manager.latest_step()
-        if epoch is None:
-            return 0, state
-        return epoch, self.manager.restore(epoch, args=ocp.args.StandardRestore(state))
-
-    def save(self, epoch: int, state: Any) -> None:
-        self.manager.save(epoch, args=ocp.args.StandardSave(state))
+def restore(checkpoints: ocp.CheckpointManager, state: Any) -> tuple[int, Any]:
+    """The number of finished epochs, and the state after them; `state` itself if there are none."""
+    done = checkpoints.latest_step()
+    if done is None:
+        return 0, state
+    try:
+        return done, checkpoints.restore(done, args=ocp.args.StandardRestore(state))
+    except Exception as error:  # Whatever Orbax meets in a torn file.
+        raise SystemExit(f"{checkpoints.directory} can't be read, delete it: {error}") from None
 
 
 def train(
@@ -199,10 +188,17 @@ def train(
     # As a list of arrays, which any version of Flax and Orbax reads.
     leaves, tree = jax.tree.flatten(nnx.state((model, optimizer)))
     losses, previous = np.zeros(args.epochs), np.asarray(centers_of(model))
-    checkpoints = Checkpoints(args, lam, seed)
-    done, (leaves, losses, previous) = checkpoints.restore((leaves, losses, previous))
+    folder = run_folder(args, data, lam, seed)
+    checkpoints = ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False),
+        item_handlers=ocp.StandardCheckpointHandler(),
+    )
+    done, (leaves, losses, previous) = restore(checkpoints, (leaves, losses, previous))
     nnx.update((model, optimizer), jax.tree.unflatten(tree, leaves))
-    bar.update(done)
+    if done:
+        bar.write(f"λ = {lam:g}, seed {seed}: {done} of {args.epochs} epochs from {folder}")
+        bar.update(done)
     for epoch in range(done, args.epochs):
         previous = np.asarray(centers_of(model)).copy()
         order = np.random.default_rng((seed, epoch)).permutation(len(labels))
@@ -221,9 +217,11 @@ def train(
         ]
         losses[epoch] = np.mean(found)
         check_finite(losses, f"λ = {lam:g}, seed {seed}")
-        checkpoints.save(epoch + 1, (jax.tree.leaves(nnx.state((model, optimizer))), losses, previous))
+        finished = (jax.tree.leaves(nnx.state((model, optimizer))), losses, previous)
+        checkpoints.save(epoch + 1, args=ocp.args.StandardSave(finished))
         bar.set_postfix(lam=lam, seed=seed, loss=f"{losses[epoch]:.3f}", refresh=False)
         bar.update()
+    checkpoints.close()
     return model, previous, losses
 
 
@@ -281,43 +279,34 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, help=f"folder with {', '.join(SHA256)}; else MNIST is downloaded")
     add("--lams", type=number(float, 0), nargs="+", default=[0, 0.001, 0.01, 0.1, 1], help="weights λ")
-    add("--warmup", type=number(int, 0), default=2, help="epochs over which λ rises linearly")
-    add("--alpha", type=number(float, 0), default=0.5, help="rate of the centers, whatever λ is")
     add(
         "--centers",
         choices=["rule", "optax"],
         default="rule",
         help="what moves the centers: the paper's rule, or gradient descent by an optax chain of their own",
     )
-    unset = argparse.SUPPRESS  # Their defaults depend on --full and --quick.
-    add("--images", type=number(int, 1), default=unset, help="training images (default: 20000)")
-    add("--epochs", type=number(int, 1), default=unset, help="epochs of each run (default: 8)")
-    add("--seeds", type=number(int, 1), default=5, help="runs of each λ, with seeds 0, 1, ...")
-    add("--batch-size", type=number(int, 1), default=128, help="images per step")
-    add("--lr", type=number(float, 0, open_end=True), default=0.05, help="peak rate of the network's SGD")
+    add("--images", type=number(int, 1), help="training images (default: 20000, with --full 60000)")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="of all parameters of the network")
-    add("--out", type=Path, default=Path("out"), help="folder for mnist.png and what runs resume from")
     add("--full", action="store_true", help="the paper's network, by default on 60,000 images in 20 epochs")
-    add("--quick", action="store_true", help="λ of 0 and 0.1, one seed, by default 2,000 images in 3 epochs")
+    # Their defaults depend on --full and --quick.
+    add_flags(parser, epochs=None, warmup=2, batch_size=128, seeds=3, lr=0.05)
     args = parser.parse_args(argv)
     images, epochs = (2000, 3) if args.quick else (60_000, 20) if args.full else (20_000, 8)
-    args.images, args.epochs = getattr(args, "images", images), getattr(args, "epochs", epochs)
+    args.images, args.epochs = args.images or images, args.epochs or epochs
     if args.quick:
-        args.lams, args.seeds, args.warmup = [0.0, 0.1], 1, min(args.warmup, args.epochs)
+        args.lams = [0.0, 0.1]
     args.lams = sorted(set(args.lams))
-    if args.warmup > args.epochs:
-        parser.error(f"argument --warmup: {args.warmup} is above the {args.epochs} epochs")
-    make_folder(parser, args.out)
+    check_flags(parser, args)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> dict[float, list[dict[str, Any]]]:
     """Runs the comparison; for each λ a list with every seed's metrics and losses."""
     args = parse_args(argv)
-    data = load(args.data, args.images)
-    if args.batch_size > len(data[1]):
-        raise SystemExit(f"--batch-size: {args.batch_size} is above the {len(data[1])} training images")
     with stopped_by_hand():
+        data = load(args.data, args.images)
+        if args.batch_size > len(data[1]):
+            raise SystemExit(f"--batch-size: {args.batch_size} is above the {len(data[1])} training images")
         return compare(args, data)
 
 

@@ -12,6 +12,7 @@ import argparse
 import functools
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,15 @@ import numpy as np
 import optax
 from _common import (
     Plane,
+    add_flags,
     check_finite,
+    check_flags,
     difference,
     download,
     draw_planes,
     lam_at,
-    make_folder,
     markdown,
+    new_figure,
     number,
     progress,
     spread,
@@ -59,6 +62,16 @@ TRAINED = {
     "norm": "norm of features",
     "last": "last loss",
 }
+# What zipfile and Pillow raise over bytes that are not what they should be.
+BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    ValueError,
+    OSError,
+    RuntimeError,
+)
 FAR = np.logspace(-4, 0, 200)  # Where the picture's curves are drawn.
 
 
@@ -95,13 +108,7 @@ def load(data: Path | None, name: str) -> Drawings:
                 picture = Image.open(io.BytesIO(archive.read(member))).convert("L")
                 images.append(255 - np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX)))
                 characters.append((alphabet, character))
-    except (
-        zipfile.BadZipFile,
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        ValueError,
-        OSError,
-    ) as error:
+    except BROKEN as error:
         raise SystemExit(f"{path} is not an archive of alphabet/character/drawing.png: {error}") from None
     if not images:
         raise SystemExit(f"{path} holds no drawings (.png).")
@@ -225,7 +232,6 @@ def train(
     found["norm"] = float(np.linalg.norm(x, axis=-1).mean())
     found["losses"] = np.reshape(losses, (args.epochs, per_epoch)).mean(1).tolist()
     found["last"] = found["losses"][-1]
-    check_finite(found["losses"], f"{ARMS[arm]}, λ = {lam:g}, seed {seed}")
     return model, found
 
 
@@ -245,12 +251,17 @@ def pairs(data: Drawings, count: int) -> dict[str, np.ndarray]:
     match = data.labels[within[0]] == data.labels[within[1]]
     anywhere = np.random.default_rng(0).integers(0, len(data.labels), (2, count))
     anywhere = anywhere[:, data.labels[anywhere[0]] != data.labels[anywhere[1]]]
-    return {"match": within[:, match], "same": within[:, ~match], "all": anywhere}
+    found = {"match": within[:, match], "same": within[:, ~match], "all": anywhere}
+    if empty := [kind for kind, pair in found.items() if not pair.size]:
+        raise SystemExit(f"The drawings hold no pairs of this kind: {', '.join(empty)}.")
+    return found
 
 
 def verify(features: np.ndarray, chosen: dict[str, np.ndarray]) -> dict[str, Any]:
     """Per kind of negatives: TAR at FAR 1 % and 0.1 %, EER, and the curve at `FAR`."""
-    unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
+    # A feature of length 0, of a collapsed network, and those of a diverged one are like no other.
+    features = np.nan_to_num(features, posinf=0, neginf=0)
+    unit = features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
     def similarity(pair: np.ndarray) -> np.ndarray:
         parts = np.array_split(pair, max(1, pair.shape[1] // 65536), axis=1)
@@ -271,6 +282,8 @@ def verify(features: np.ndarray, chosen: dict[str, np.ndarray]) -> dict[str, Any
 def select(args: argparse.Namespace, background: Drawings) -> dict[str, float]:
     """λ of each arm by TAR at FAR 1 % on every fifth training alphabet, which these runs don't train on."""
     held_out = background.alphabets % 5 == 4
+    if not held_out.any():
+        raise SystemExit("--select holds every fifth training alphabet out: there have to be five.")
     learn, judge = background.part(~held_out), background.part(held_out)
     chosen = pairs(judge, args.negatives)
     runs = [(arm, lam) for arm in args.arms for lam in (args.grid if arm != "softmax" else [0.0])]
@@ -283,19 +296,16 @@ def select(args: argparse.Namespace, background: Drawings) -> dict[str, float]:
                 verified = verify(embed(model, judge.images), chosen)
                 found.append(trained | {kind: 100 * verified[kind]["tar1"] for kind in NEGATIVES})
             scores[arm, lam] = np.mean([run["all"] for run in found])
-            rows.append(
-                [
-                    ARMS[arm],
-                    f"{lam:g}",
-                    *(spread([run[name] for run in found], 2) for name in (*NEGATIVES, *TRAINED)),
-                ]
-            )
+            cells = [spread([run[name] for run in found], 2) for name in (*NEGATIVES, *TRAINED)]
+            rows.append([ARMS[arm], f"{lam:g}", *cells])
             bar.write(" ".join(rows[-1]))
     heads = [f"{METRICS['tar1']}, {title}" for title in NEGATIVES.values()]
     print(f"\nOn the held-out training alphabets, {args.select} seed(s), α = {args.alpha:g}, ", end="")
     print(f"λ over {args.warmup} of {args.epochs} epochs:\n")
-    print(markdown(["arm", "λ", *heads, *TRAINED.values()], rows), "\n")
-    return {arm: max(scores, key=lambda run: (run[0] == arm, scores[run]))[1] for arm in args.arms}
+    print(markdown(["arm", "λ", *heads, *TRAINED.values()], rows))
+    best = {arm: max(scores, key=lambda run: (run[0] == arm, scores[run]))[1] for arm in args.arms}
+    print("\nChosen:", ", ".join(f"λ = {lam:g} for {ARMS[arm]}" for arm, lam in best.items()), "\n")
+    return best
 
 
 def compare(
@@ -305,10 +315,11 @@ def compare(
     chosen = pairs(evaluation, args.negatives)
     results: dict[str, Any] = {arm: [] for arm in args.arms}
     planes = []
-    with progress(len(ARMS) * args.seeds * args.epochs, "epoch") as bar:
+    with progress(len(args.arms) * args.seeds * args.epochs, "epoch") as bar:
         for seed in range(args.seeds):
             for arm in args.arms:
                 model, found = train(args, background, arm, lams[arm], seed, bar)
+                check_finite(found["losses"], f"{ARMS[arm]}, λ = {lams[arm]:g}, seed {seed}")
                 features = embed(model, evaluation.images)
                 results[arm].append({**found, **verify(features, chosen)})
                 if seed == 0:
@@ -362,7 +373,7 @@ def tables(results: dict[str, Any], lams: dict[str, float]) -> str:
             "In per cent, mean ± standard deviation over the seeds. Negatives are pairs of two characters,\n"
             "of any alphabets or of the same alphabet.",
             markdown(["arm", *heads], rows),
-            "Differences, paired by seed, with 95 % intervals by Student's t:",
+            "Differences, paired by seed; 95 % intervals by Student's t, over seeds, for these characters:",
             markdown(["", *heads], gains),
             "Training drawings at the end, `moved` over the last epoch:",
             markdown(["arm", *TRAINED.values()], trained),
@@ -371,12 +382,8 @@ def tables(results: dict[str, Any], lams: dict[str, float]) -> str:
 
 
 def draw_curves(path: Path, results: dict[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharey=True)
+    figure = new_figure(12, 5)
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, (kind, title) in zip(axes, NEGATIVES.items(), strict=True):
         for arm, runs in results.items():
             curves = np.stack([run[kind]["curve"] for run in runs])
@@ -395,7 +402,6 @@ def draw_curves(path: Path, results: dict[str, Any]) -> None:
     axes[0].legend(loc="lower right", title="mean and range over seeds")
     figure.suptitle("Verification of characters never trained on")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def plane(title: str, features: np.ndarray, data: Drawings) -> Plane:
@@ -422,8 +428,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--lam-center", type=number(float, 0), default=0.03, help="weight λ of the center loss")
     add("--lam-frozen", type=number(float, 0), default=0.01, help="the same with frozen centers")
-    add("--warmup", type=number(int, 0), default=3, help="epochs over which λ rises linearly")
-    add("--alpha", type=number(float, 0), default=0.5, help="rate of the centers, by the paper's rule")
     add(
         "--select",
         type=number(int, 0),
@@ -439,37 +443,35 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[0.001, 0.003, 0.01, 0.03, 0.1],
         help="λ to choose from",
     )
-    add("--epochs", type=number(int, 1), default=12, help="epochs of each run")
-    add("--seeds", type=number(int, 0), default=5, help="runs of each arm; 0 stops after --select")
-    add("--feat-dim", type=number(int, 1), default=64, help="features per drawing")
-    add("--batch-size", type=number(int, 1), default=128, help="drawings per step")
-    add("--lr", type=number(float, 0, open_end=True), default=0.1, help="peak rate of the network's SGD")
+    add("--only-select", action="store_true", help="stop when λ is chosen")
+    add("--feat-dim", type=number(int, 2), default=64, help="features per drawing")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="of all parameters of the network")
     add("--negatives", type=number(int, 1), default=1_000_000, help="pairs of two characters from anywhere")
-    add("--out", type=Path, default=Path("out"), help="folder for the pictures")
-    add("--quick", action="store_true", help="one seed, 2 epochs, 10 alphabets: to see that it runs")
+    add_flags(parser, epochs=12, warmup=3, batch_size=128, seeds=5, lr=0.1)
     args = parser.parse_args(argv)
     if args.quick:
-        args.seeds, args.epochs, args.warmup = 1, min(args.epochs, 2), 0
-    if args.warmup > args.epochs:
-        parser.error(f"argument --warmup: {args.warmup} is above the {args.epochs} epochs")
-    make_folder(parser, args.out)
+        args.epochs = min(args.epochs, 2)
+    args.arms = [arm for arm in ARMS if arm in args.arms]
+    if args.only_select and not args.select:
+        parser.error("argument --only-select: needs --select")
+    check_flags(parser, args)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the comparison; per arm a list with every seed's metrics."""
     args = parse_args(argv)
-    background, evaluation = (load(args.data, name) for name in MD5)
-    if args.quick:
-        background, evaluation = (data.part(data.alphabets < 5) for data in (background, evaluation))
-    if args.batch_size > len(background.labels):
-        raise SystemExit(f"--batch-size: {args.batch_size} is above the {len(background.labels)} drawings")
     lams = {"softmax": 0.0, "center": args.lam_center, "frozen": args.lam_frozen}
     with stopped_by_hand():
+        background, evaluation = (load(args.data, name) for name in MD5)
+        if args.quick:  # Five alphabets of each.
+            background, evaluation = (data.part(data.alphabets < 5) for data in (background, evaluation))
+        count = len(background.labels)
+        if args.batch_size > count // (2 if args.select else 1):  # --select trains on a part.
+            raise SystemExit(f"--batch-size: {args.batch_size} is too much for {count} drawings")
         if args.select:
             lams = select(args, background)
-        return compare(args, background, evaluation, lams) if args.seeds else {"lams": lams}
+        return {"lams": lams} if args.only_select else compare(args, background, evaluation, lams)
 
 
 if __name__ == "__main__":

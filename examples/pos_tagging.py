@@ -21,11 +21,12 @@ import numpy as np
 import optax
 from _common import (
     Plane,
+    add_flags,
     check_finite,
+    check_flags,
     download,
     draw_planes,
     lam_at,
-    make_folder,
     markdown,
     number,
     progress,
@@ -143,7 +144,10 @@ class Tagger(nnx.Module):
 
     def features(self, words: jax.Array, lengths: jax.Array) -> jax.Array:
         """`(batch, seq, 2 * hidden)`, or `(seq, batch, 2 * hidden)` if `words` are `(seq, batch)`."""
-        return self.lstm(self.dropout(self.embed(words)), seq_lengths=lengths)
+        x = self.embed(words)
+        # Drawn batch-major in both layouts, so that they drop the same units.
+        x = self.dropout(x.swapaxes(0, 1)).swapaxes(0, 1) if self.time_major else self.dropout(x)
+        return self.lstm(x, seq_lengths=lengths)
 
 
 def tag_loss(
@@ -285,34 +289,25 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="folder of a UD treebank, with *-ud-{train,dev,test}.conllu; else downloaded",
     )
     add("--lams", type=number(float, 0), nargs="+", default=[0, 0.001, 0.01], help="weights λ")
-    add("--warmup", type=number(int, 0), default=1, help="epochs over which λ rises linearly")
-    add("--alpha", type=number(float, 0), default=0.5, help="rate of the centers, by the paper's rule")
     add("--time-major", action="store_true", help="features as (seq, batch, D): the same numbers")
     add("--hidden", type=number(int, 1), default=128, help="units of the LSTM in each direction")
-    add("--epochs", type=number(int, 1), default=6, help="epochs of each run")
-    add("--seeds", type=number(int, 1), default=5, help="runs of each λ, with seeds 0, 1, ...")
-    add("--batch-size", type=number(int, 1), default=64, help="sentences per step")
-    add("--lr", type=number(float, 0, open_end=True), default=3e-3, help="peak rate of Adam")
-    add("--out", type=Path, default=Path("out"), help="folder for pos_tagging.png")
-    add("--quick", action="store_true", help="one seed, 2 epochs, 1,000 short sentences: that it runs")
+    add_flags(parser, epochs=6, warmup=1, batch_size=64, seeds=5, lr=3e-3)
     args = parser.parse_args(argv)
     if args.quick:
-        args.seeds, args.epochs, args.warmup = 1, min(args.epochs, 2), min(args.warmup, 1)
+        args.epochs = min(args.epochs, 2)
     args.lams = sorted(set(args.lams))
-    if args.warmup > args.epochs:
-        parser.error(f"argument --warmup: {args.warmup} is above the {args.epochs} epochs")
-    make_folder(parser, args.out)
+    check_flags(parser, args)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> dict[float, list[dict[str, Any]]]:
     """Runs the comparison; for each λ a list with every seed's metrics and losses."""
     args = parse_args(argv)
-    data = load(args.data)
-    if args.quick:
-        short = {part: [s for s in found if len(s[0]) <= WIDTHS[1]] for part, found in data.items()}
-        data = {part: sentences[:1000] for part, sentences in short.items()}
     with stopped_by_hand():
+        data = load(args.data)
+        if args.quick:  # Short sentences, for which few programs are compiled.
+            short = {part: [s for s in found if len(s[0]) <= WIDTHS[1]] for part, found in data.items()}
+            data = {part: sentences[:1000] for part, sentences in short.items()}
         return compare(args, data)
 
 

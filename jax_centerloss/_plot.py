@@ -70,14 +70,15 @@ def plot(
             f"plot draws features of two dimensions, got {centers.shape[1]}. Project features and centers "
             "first, for example with sklearn.decomposition.PCA(2)."
         )
-    then = None if previous is None else _checks.previous(previous, centers)
+    then = None if previous is None else np.asarray(_checks.previous(previous, centers), np.float64)
     x, labels, used = _checks.batch(x, labels, where, centers)
-    points = np.asarray(x, np.float32).reshape(-1, 2)
+    # NumPy from here on: a picture is made on the host, wherever the arrays lie.
+    table, points = np.asarray(centers, np.float64), np.asarray(x, np.float64).reshape(-1, 2)
     drawn = np.asarray(used).ravel() & np.isfinite(points).all(-1)
     points, classes = points[drawn], np.asarray(labels).ravel()[drawn]
     seen = np.unique(classes)
     # A class has one color in all pictures of a table, if its classes are few; else one among those drawn.
-    colored = np.arange(centers.shape[0]) if centers.shape[0] <= _NAMED else seen
+    colored = np.arange(len(table)) if len(table) <= _NAMED else seen
 
     ax = _new_axes() if ax is None else ax
     colors = _colors(len(colored))
@@ -88,9 +89,9 @@ def plot(
         ax.scatter(
             points[:, 0], points[:, 1], s=size, c=colors[np.searchsorted(colored, classes)], linewidths=0
         )
-    now, own = np.asarray(centers[seen], np.float32), colors[np.searchsorted(colored, seen)]
+    now, own = table[seen], colors[np.searchsorted(colored, seen)]
     if then is not None:
-        start = np.asarray(then[seen], np.float32)
+        start = then[seen]
         ax.quiver(*start.T, *(now - start).T, angles="xy", scale_units="xy", scale=1, width=0.005, zorder=3)
         ax.update_datalim(start)
     ax.scatter(now[:, 0], now[:, 1], s=80, c=own, marker="X", edgecolors="black", zorder=4)

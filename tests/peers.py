@@ -53,7 +53,7 @@ def facenet(centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float,
 
 
 NUMPY = {"paper": paper, "caffe": caffe, "facenet": facenet}
-TORCH = ("module", "module, λ left in", "custom autograd")
+TORCH = ("module", "module, λ left in", "own backward, mean", "own backward, sum")
 
 
 def in_torch(name: str, centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float) -> Step:
@@ -61,12 +61,12 @@ def in_torch(name: str, centers: np.ndarray, x: np.ndarray, labels: np.ndarray, 
     torch = ref.torch
 
     class OwnBackward(torch.autograd.Function):
-        """Half the mean; the centers' gradient is equation 4, whatever gradient comes from above."""
+        """Half the sum and equation 4, or both over the batch; the centers' ignores what comes from above."""
 
         @staticmethod
         def forward(context, features, table, labels):
             context.save_for_backward(features, table, labels)
-            return (features - table[labels]).square().sum() / 2 / len(features)
+            return (features - table[labels]).square().sum() / 2 / divisor
 
         @staticmethod
         def backward(context, above):
@@ -76,8 +76,9 @@ def in_torch(name: str, centers: np.ndarray, x: np.ndarray, labels: np.ndarray, 
                 0, labels, pull.new_ones(len(labels))
             )
             to_table = torch.zeros_like(table).index_add(0, labels, pull) / counts[:, None]
-            return -above * pull / len(features), to_table, None
+            return -above * pull / divisor, to_table / divisor, None
 
+    divisor = len(x) if name.endswith("mean") else 1
     features, classes = torch.tensor(x), torch.tensor(labels, dtype=torch.int64)
     module = ref.CenterLoss(*centers.shape).to(torch.float64)
     with torch.no_grad():
@@ -85,7 +86,7 @@ def in_torch(name: str, centers: np.ndarray, x: np.ndarray, labels: np.ndarray, 
     optimizer = torch.optim.SGD(module.parameters(), lr=rate)
     loss = (
         OwnBackward.apply(features, module.centers, classes)
-        if name == "custom autograd"
+        if name.startswith("own backward")
         else module(features, classes)
     )
     (LAM * loss).backward()

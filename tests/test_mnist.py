@@ -1,7 +1,9 @@
 """The MNIST example, on scikit-learn's digits written as files of MNIST's format."""
 
 import gzip
+import re
 import struct
+import tracemalloc
 from pathlib import Path
 
 import mnist
@@ -75,9 +77,27 @@ def test_goes_on_where_it_was_stopped(folder, monkeypatch, capsys):
     assert mnist.main(command) == whole
     assert len(steps) == 7 + 2 * 4  # The first epoch was kept.
     assert mnist.main(command) == whole
-    assert len(steps) == 7 + 2 * 4  # A finished run is not trained again,
-    mnist.main([*command, "--alpha", "0.25", "--epochs", "1"])
-    assert len(steps) == 7 + 3 * 4  # one with other settings is.
+    assert len(steps) == 7 + 2 * 4  # A finished run is not trained again, and that is said.
+    assert re.search(r"λ = 0\.1, seed 0: 3 of 3 epochs from .*mnist-runs", capsys.readouterr().out)
+    for path in (folder / "out" / "mnist-runs").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SystemExit, match=r"mnist-runs.* can't be read, delete it"):
+        mnist.main(command)
+
+
+def test_a_run_resumes_from_no_other(tmp_path):
+    images, labels = np.zeros(3), np.ones(3)
+
+    def folder(*more, data=(images, labels), lam=0.1, seed=0):
+        return mnist.run_folder(mnist.parse_args(["--out", str(tmp_path), *more]), data, lam, seed)
+
+    flags = ["warmup", "alpha", "images", "epochs", "batch-size", "lr", "weight-decay"]
+    others = [folder(f"--{flag}", "5") for flag in flags] + [folder("--centers", "optax")]
+    others += [folder("--full", "--images", "20000", "--epochs", "8"), folder(lam=0.10000001), folder(seed=1)]
+    others += [folder(data=(images, images)), folder()]
+    assert len({*others}) == len(flags) + 6
+    assert folder("--seeds", "7", "--lams", "3") == folder()
 
 
 def test_the_papers_network_has_its_shapes():
@@ -98,8 +118,10 @@ BROKEN = {
     "cut gzip": (IMAGES, lambda content: content[:5000], "ended before"),
     "flipped bytes": (IMAGES, lambda content: content[:100] + b"\xff" * 900 + content[1000:], "decompress"),
     "empty": (IMAGES, gzip.compress(b""), "unpack requires"),
-    "wrong magic": (IMAGES, idx(np.zeros((4, 28, 28)), zeros=7), "first bytes"),
-    "not bytes": (IMAGES, idx(np.zeros((4, 28, 28)), kind=13), "first bytes"),
+    "wrong magic": (IMAGES, idx(np.zeros((4, 28, 28)), zeros=7), "not those of images"),
+    "labels for images": (IMAGES, idx(np.zeros(1400)), "not those of images"),
+    "images for labels": (LABELS, idx(np.zeros((4, 28, 28))), "not those of labels"),
+    "not bytes": (IMAGES, idx(np.zeros((4, 28, 28)), kind=13), "not those of images"),
     "other size": (IMAGES, idx(np.zeros((4, 32, 32))), "32 x 32, expected 28 x 28"),
     "too few items": (
         IMAGES,
@@ -117,6 +139,7 @@ BROKEN = {
         "expected 28 x 28",
     ),
     "fewer labels": (LABELS, idx(np.zeros(3)), "There are 1400 training images and 3 labels"),
+    "no nines": (LABELS, idx(np.arange(1400) % 9), "The 1400 training images hold none of class 9"),
     "letters": (LABELS, idx(np.arange(1400) % 26), "label is 25, expected 0 to 9"),
 }
 
@@ -133,9 +156,7 @@ def test_broken_files_are_named(folder, name, content, message):
 
 
 def test_no_more_is_unpacked_than_asked_for(tmp_path):
-    # A bomb: 2 GiB of zeros in 2 MiB, of which ten images are asked for.
-    import tracemalloc
-
+    # 32 MiB of zeros in a small file that claims 2 GiB, of which ten images are asked for.
     path = tmp_path / "bomb.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:
         file.write(struct.pack(">HBB3I", 0, 8, 3, 2_700_000, 28, 28))
@@ -143,7 +164,7 @@ def test_no_more_is_unpacked_than_asked_for(tmp_path):
             file.write(bytes(2**20))
     tracemalloc.start()
     try:
-        assert mnist.read_idx(path, 10).shape == (10, 28, 28)
+        assert mnist.read_idx(path, 3, 10).shape == (10, 28, 28)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
@@ -181,9 +202,9 @@ def test_defaults_of_each_form(tmp_path):
         args = mnist.parse_args([*form, "--out", str(tmp_path)])
         found[tuple(form)] = (args.images, args.epochs, args.full, args.seeds)
     assert list(found.values()) == [
-        (20_000, 8, False, 5),
+        (20_000, 8, False, 3),
         (2000, 3, False, 1),
-        (60_000, 20, True, 5),
-        (60_000, 3, True, 5),
+        (60_000, 20, True, 3),
+        (60_000, 3, True, 3),
     ]
     assert Path(tmp_path).is_dir()

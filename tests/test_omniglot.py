@@ -79,7 +79,7 @@ def test_lambda_is_chosen_on_alphabets_that_are_not_trained_on(folder, tmp_path,
     monkeypatch.setattr(omniglot, "train", train)
     monkeypatch.setattr(omniglot, "embed", lambda model, images: (model, images))
     monkeypatch.setattr(omniglot, "verify", verify)
-    flags = ["--select", "2", "--seeds", "0", "--grid", "0.1", "0.03", "0.003", "--out", str(tmp_path)]
+    flags = ["--select", "2", "--only-select", "--grid", "0.1", "0.03", "0.003", "--out", str(tmp_path)]
     args = omniglot.parse_args(flags)
     assert omniglot.select(args, background) == {"softmax": 0.0, "center": 0.03, "frozen": 0.03}
     assert len(trained) == (1 + 3 + 3) * 2
@@ -90,7 +90,8 @@ def test_lambda_is_chosen_on_alphabets_that_are_not_trained_on(folder, tmp_path,
         assert not images & held_out
         assert len(images | held_out) == len({image.tobytes() for image in background.images})
     assert not {seed for _, _, seed, *_ in trained} & {*range(100)}  # Other seeds than the comparison's.
-    assert "held-out training alphabets" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Chosen: λ = 0 for softmax alone, λ = 0.03 for center loss, λ = 0.03 for frozen" in printed
 
 
 def test_loads_what_was_drawn(folder):
@@ -123,24 +124,47 @@ def test_pairs_are_what_they_are_called(folder):
 
 
 def test_rates_against_counting():
-    # Cosines by hand: matches at 0.9, 0.7, 0.5 and 0.1; of 1,000 negatives a tenth of a percent each above.
     def at(cosine):
-        return np.array([cosine, np.sqrt(1 - cosine**2)])
+        return np.stack([np.asarray(cosine), np.sqrt(1 - np.square(cosine))], -1)
 
-    matches, others = [0.9, 0.7, 0.5, 0.1], np.linspace(-0.8, 0.6, 1000)
-    features = np.stack([7 * at(1.0), *(3 * at(c) for c in (*matches, *others))])
-    zero = np.zeros(1000, int)
+    # Negatives of any kind at 1, 2, ..., 1,000 thousandths; those of the same alphabet at half of that.
+    others = np.arange(1, 1001) / 1000
+    # Five of ten matches are above all but no negative (FAR 0), two between the first and the tenth highest
+    # negative (0.1 to 1 %), one between the tenth and the hundredth, two below all of them.
+    matches = np.array([1.0] * 5 + [0.9945, 0.9955] + [0.9505] + [0.0005, 0.0001])
+    parts = [at(1.0)[None], at(matches), at(others), at(others / 2)]
+    features = np.concatenate(parts) * np.arange(1, 2012)[:, None]  # Lengths don't matter.
+    numbers = np.arange(2011)
     chosen = {
-        "match": np.stack([zero[:4], 1 + np.arange(4)]),
-        "all": np.stack([zero, 5 + np.arange(1000)]),
-        "same": np.stack([zero, 5 + np.arange(1000)]),
+        kind: np.stack([np.zeros(count, int), numbers[start : start + count]])
+        for kind, start, count in (("match", 1, 10), ("all", 11, 1000), ("same", 1011, 1000))
     }
-    found = omniglot.verify(features, chosen)["all"]
-    # At a threshold of 0.5, 72 negatives are above: 7 %. So 1 % and 0.1 % accept two of four matches.
-    assert (found["tar1"], found["tar01"]) == (0.5, 0.5)
-    # A quarter of the matches is refused from 0.1 to 0.5, where 7 to 36 % of negatives pass: 25 % in between.
-    assert found["eer"] == pytest.approx(0.25, abs=2e-3)
-    np.testing.assert_allclose(found["curve"][-1], 1.0)
+    found = omniglot.verify(features, chosen)
+    # The highest negative, at 1, ties with the five matches there: they are accepted together.
+    assert found["all"]["tar01"] == pytest.approx(0.5)
+    assert found["all"]["tar1"] == pytest.approx(0.7)
+    # With eight of ten accepted, 20 % of the matches are refused: between FAR 5 % and 100 %.
+    assert found["all"]["eer"] == pytest.approx(0.2, abs=1e-3)
+    assert np.interp(0.04, omniglot.FAR, found["all"]["curve"]) == pytest.approx(0.7, abs=0.01)
+    assert np.interp(0.06, omniglot.FAR, found["all"]["curve"]) == pytest.approx(0.8, abs=0.01)
+    # No negative of the same alphabet is above 0.5: eight of ten matches are, at every rate.
+    assert found["same"]["tar01"] == found["same"]["tar1"] == pytest.approx(0.8)
+
+
+def test_a_collapsed_network_verifies_nothing():
+    chosen = {kind: np.array([[0, 1, 2], [3, 4, 5]]) for kind in ("match", "all", "same")}
+    for features in (np.zeros((6, 2)), np.ones((6, 2)), np.full((6, 2), np.nan)):
+        found = omniglot.verify(features, chosen)["all"]
+        assert (found["tar1"], found["tar01"], found["eer"]) == pytest.approx((0.01, 0.001, 0.5))
+
+
+def test_drawings_without_pairs_are_refused(tmp_path):
+    data = omniglot.Drawings(np.zeros((4, 28, 28)), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]))
+    with pytest.raises(SystemExit, match="no pairs of this kind: same"):
+        omniglot.pairs(data, 100)
+    few = omniglot.parse_args(["--select", "1", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="there have to be five"):
+        omniglot.select(few, data)
 
 
 def test_shifts_move_the_drawing():
@@ -158,7 +182,11 @@ def test_broken_archives_are_named(folder, tmp_path):
     with pytest.raises(SystemExit, match=r"no images_background\*\.zip"):
         load()
     content = (folder / "images_background.zip").read_bytes()
-    for broken in (b"", b"no archive", content[: len(content) // 2]):
+    deflated = io.BytesIO()
+    with zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/b/c/d.png", b"no picture" * 100)
+    flipped = deflated.getvalue().replace(b"d.png", b"d.png\xff\xff\xff", 1)
+    for broken in (b"", b"no archive", content[: len(content) // 2], flipped):
         path.write_bytes(broken)
         with pytest.raises(SystemExit, match=r"background\.zip is not an archive"):
             load()
@@ -180,6 +208,8 @@ def test_broken_archives_are_named(folder, tmp_path):
         (["--arms", "triplet"], "invalid choice"),
         (["--grid", "-1"], "at least 0"),
         (["--negatives", "0"], "at least 1"),
+        (["--feat-dim", "1"], "at least 2"),
+        (["--only-select"], "needs --select"),
     ],
 )
 def test_bad_flags(flags, message, capsys):

@@ -128,6 +128,23 @@ def test_draws_on_given_axes_sequences_and_half_precision():
     assert plt.get_fignums() == [figure.number]
 
 
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_sharded_centers_are_drawn(kind):
+    axis = getattr(jax.sharding.AxisType, kind)
+    mesh = jax.make_mesh((4,), ("classes",), axis_types=(axis,), devices=jax.devices()[:4])
+    table = jax.device_put(
+        CENTERS, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("classes", None))
+    )
+    ax = jcl.plot(table, X, LABELS, previous=table)
+    np.testing.assert_array_equal(dots(ax)[1][0], CENTERS[:3])
+
+
+def test_features_as_large_as_float32_goes():
+    x = np.array([[3e38, 0], [-3e38, 0], [0, 3e38]], np.float32)
+    for density in (False, True):
+        jcl.plot(CENTERS, x, LABELS[:3], density=density).figure.canvas.draw()
+
+
 def test_no_samples_draw_an_empty_plane():
     for density in (False, True):
         ax = jcl.plot(CENTERS, X, np.full(4, -1), previous=CENTERS, density=density)

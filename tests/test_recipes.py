@@ -58,7 +58,11 @@ RECIPES = {
     "module": (jcl.center_loss, by_rule("gradient")),
     "module, by optax": (jcl.center_loss, by_optax(lam_divided=True)),
     "module, λ left in": (jcl.center_loss, by_optax(lam_divided=False)),
-    "custom autograd": (half(), by_rule("paper")),
+    "own backward, sum": (half(jnp.sum), by_rule("paper")),
+    "own backward, mean": (
+        half(),
+        lambda c, x, labels, state: by_rule("paper", scale=1 / len(labels))(c, x, labels, state),
+    ),
 }
 
 
@@ -116,7 +120,8 @@ def test_steps_in_the_readme():
         "its Caffe layer": "caffe",
         "the PyTorch module, λ divided out": "module",
         "the same, λ left in": "module, λ left in",
-        "the PyTorch version with its own backward pass": "custom autograd",
+        "the PyTorch version with its own backward pass": "own backward, mean",
+        "the same, `size_average=False`": "own backward, sum",
         "FaceNet's TensorFlow code": "facenet",
     }
     told = steps_in_the_readme()
