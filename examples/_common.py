@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,18 +62,17 @@ def number(kind: type, low: float, *, open_end: bool = False) -> Callable[[str],
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, *, epochs: Any, warmup: int, batch_size: int, seeds: int, lr: float
+    parser: argparse.ArgumentParser, *, warmup: int, batch_size: int, seeds: int, lr: float, quick: str
 ) -> None:
-    """The flags of every example that trains, with these defaults."""
+    """The flags of every example that trains, with these defaults; `quick` is what --quick sets."""
     add = parser.add_argument
-    add("--epochs", type=number(int, 1), default=epochs, help="epochs of each run")
     add("--warmup", type=number(int, 0), default=warmup, help="epochs over which λ rises linearly")
     add("--alpha", type=number(float, 0), default=0.5, help="rate of the centers, whatever λ is")
     add("--batch-size", type=number(int, 1), default=batch_size, help="samples per step")
     add("--seeds", type=number(int, 1), default=seeds, help="runs of each kind, with seeds 0, 1, ...")
     add("--lr", type=number(float, 0, open_end=True), default=lr, help="peak rate of the network's optimizer")
     add("--out", type=Path, default=Path("out"), help="folder for what is written")
-    add("--quick", action="store_true", help="short, on little data and with one seed: that it runs")
+    add("--quick", action="store_true", help=f"to see that it runs: one seed, {quick}")
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -105,13 +105,22 @@ def progress(total: int, unit: str) -> tqdm:
 
 
 @contextmanager
-def stopped_by_hand() -> Iterator[None]:
+def stopped_by_hand(advice: str = "") -> Iterator[None]:
     """Ends the program on Ctrl-C with a line instead of a traceback."""
     try:
         yield
     except KeyboardInterrupt:
-        print("\nStopped before the end.", file=sys.stderr)
+        # What still runs on the devices must not outlive the interpreter: it would crash. The step whose call
+        # was interrupted left no array to wait for.
+        jax.block_until_ready(jax.live_arrays())
+        time.sleep(1)
+        print(f"\nStopped before the end.{advice}", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def say_if_quick(args: argparse.Namespace) -> None:
+    if args.quick:
+        print("\nA quick run shows that it works; it is too short to compare anything.")
 
 
 def check_finite(losses: Sequence[float], run: str) -> None:

@@ -85,8 +85,8 @@ Image(filename=by_optax["picture"])
 # ## Do they move?
 #
 # Centers that don't move are what goes wrong most often. `center_metrics` tells, and `plot` shows it: an arrow
-# leads from where each center was to where it is. Here they walk from nowhere to the digits' first two main
-# directions, with no network at all.
+# leads from where each center was to where it is. Here there is no network at all: the features are the digits on
+# their first two main directions, and the centers walk from where they were drawn towards the digits' means.
 
 # %%
 from sklearn.datasets import load_digits
@@ -113,16 +113,16 @@ ax = jax_centerloss.plot(params, x, labels, previous=start)
 # %%
 if importlib.util.find_spec("torch") is None:
     print("PyTorch is not installed here; a mapping of arrays does as well.")
-    state_dict = {"center_loss.centers": np.random.default_rng(0).normal(size=(10, 2)).astype(np.float32)}
-    table = state_dict["center_loss.centers"]
+    source = {"center_loss.centers": np.random.default_rng(0).normal(size=(10, 2)).astype(np.float32)}
+    table = source["center_loss.centers"]
 else:
     import torch
 
     torch.save({"center_loss.centers": torch.randn(10, 2)}, Path(out) / "model.pt")
-    state_dict = Path(out) / "model.pt"
-    table = torch.load(state_dict)["center_loss.centers"].numpy()
+    source = Path(out) / "model.pt"
+    table = torch.load(source)["center_loss.centers"].numpy()
 
-params = jax_centerloss.from_torch(state_dict, key="center_loss.centers")
+params = jax_centerloss.from_torch(source, key="center_loss.centers")
 # What the module computes: all distances, those of other classes masked to 0, then clamped.
 distances = ((np.asarray(x)[:, None] - table) ** 2).sum(-1) * (np.asarray(labels)[:, None] == np.arange(10))
 print("by the module's formula:", np.clip(distances, 1e-12, 1e12).sum() / len(x))
@@ -143,10 +143,13 @@ omniglot = importlib.import_module("omniglot")
 images = np.pad(np.kron(data.images * 15.9375, np.ones((3, 3))), ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
 everything = omniglot.Drawings(images, data.target.astype(np.int32), np.zeros(len(images), np.int32))
 seen, unseen = everything.part(data.target < 7), everything.part(data.target >= 7)
-args = omniglot.parse_args(["--epochs", "2" if short else "12", "--warmup", "1", "--out", out])
+args = omniglot.parse_args(
+    ["--epochs", "2" if short else "12", "--warmup", "1", "--lr", "0.03", "--out", out]
+)
 pairs = omniglot.pairs(unseen, 10_000)
 with omniglot.progress(3 * args.epochs, "epoch") as bar:
     for arm, lam in {"softmax": 0.0, "center": 0.03, "frozen": 0.01}.items():
         model, found = omniglot.train(args, seen, arm, lam, 0, bar)
+        omniglot.check_finite(found["losses"], arm)
         rates = omniglot.verify(omniglot.embed(model, unseen.images), pairs)["all"]
         bar.write(f"{omniglot.ARMS[arm]:26} EER {rates['eer']:.3f}  TAR at FAR 1 % {rates['tar1']:.3f}")

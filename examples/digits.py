@@ -26,6 +26,7 @@ from _common import (
     make_optimizer,
     number,
     progress,
+    say_if_quick,
     stopped_by_hand,
 )
 from flax import nnx
@@ -142,7 +143,8 @@ def parse_args(argv: Sequence[str] | None, train_size: int) -> argparse.Namespac
         help="what moves the centers: the paper's rule, or gradient descent by an optax chain of their own",
     )
     add("--feat-dim", type=number(int, 1), default=2, help="features per sample; drawn if they are 2")
-    add_flags(parser, epochs=60, warmup=0, batch_size=64, seeds=5, lr=0.1)
+    add("--epochs", type=number(int, 1), default=60, help="epochs of each run")
+    add_flags(parser, warmup=0, batch_size=64, seeds=5, lr=0.1, quick="at most 5 epochs")
     args = parser.parse_args(argv)
     if args.batch_size > train_size:
         parser.error(f"argument --batch-size: {args.batch_size} is above the {train_size} training samples")
@@ -197,8 +199,7 @@ def compare(args: argparse.Namespace, data: Data, tx: Any, epoch: Epoch) -> dict
     print(f"\n{args.seeds} seed(s), {args.epochs} epochs, λ = {args.lam:g}, ", end="")
     print(f"α = {args.alpha:g}, centers moved by {args.centers}\n")
     print(compactness_table({title: results[arm] for arm, title in ARMS.items()}))
-    if args.quick:
-        print("\nA quick run shows that it works; it is too short to compare the two.")
+    say_if_quick(args)
     results["picture"] = args.out / "digits.png" if args.feat_dim == 2 else None
     if results["picture"]:
         heading = "Test digits in the feature plane (each panel has its own scale)"

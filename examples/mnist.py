@@ -37,6 +37,7 @@ from _common import (
     make_optimizer,
     number,
     progress,
+    say_if_quick,
     stopped_by_hand,
 )
 from flax import nnx
@@ -84,6 +85,8 @@ def load(data: Path | None, limit: int) -> tuple[np.ndarray, ...]:
     arrays = []
     for name, sha in SHA256.items():
         path = download(SOURCE + name, f"sha256:{sha}") if data is None else data / name
+        if not path.is_file():
+            raise SystemExit(f"There is no {name} in {data}.")
         rank = 3 if "idx3" in name else 1
         arrays.append(read_idx(path, rank, limit if name.startswith("train") else None))
     for images, labels, part in ((*arrays[:2], "training"), (*arrays[2:], "test")):
@@ -215,7 +218,7 @@ def train(
             )
             for i, part in enumerate(parts)
         ]
-        losses[epoch] = np.mean(found)
+        losses[epoch] = np.mean(jax.device_get(found))
         check_finite(losses, f"λ = {lam:g}, seed {seed}")
         finished = (jax.tree.leaves(nnx.state((model, optimizer))), losses, previous)
         checkpoints.save(epoch + 1, args=ocp.args.StandardSave(finished))
@@ -265,15 +268,19 @@ def compare(args: argparse.Namespace, data: tuple[np.ndarray, ...]) -> dict[floa
     print(f"λ over {args.warmup} of them, α = {args.alpha:g}, centers moved by {args.centers}\n")
     print(compactness_table({f"λ = {lam:g}": runs for lam, runs in results.items()}))
     picture = args.out / "mnist.png"
-    heading = "Test images in the feature plane; crosses are centers, for λ = 0 class means"
+    heading = (
+        "Test images in the feature plane (each panel has its own scale); crosses: centers, at λ = 0 means"
+    )
     draw_planes(picture, heading, planes, [str(j) for j in range(CLASSES)])
     print(f"\nThe feature planes of seed 0: {picture}")
+    say_if_quick(args)
     return results
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="MNIST in a feature plane, for several weights of the center loss.",
+        description="MNIST in a feature plane, for several weights of the center loss. A run that was "
+        "stopped goes on from its last epoch when the same command is given again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -285,14 +292,26 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default="rule",
         help="what moves the centers: the paper's rule, or gradient descent by an optax chain of their own",
     )
-    add("--images", type=number(int, 1), help="training images (default: 20000, with --full 60000)")
+    unset = argparse.SUPPRESS  # Their defaults depend on --full and --quick.
+    add(
+        "--images",
+        type=number(int, 1),
+        default=unset,
+        help="training images (default: 20000, with --full 60000)",
+    )
+    add(
+        "--epochs",
+        type=number(int, 1),
+        default=unset,
+        help="epochs of each run (default: 8, with --full 20)",
+    )
     add("--weight-decay", type=number(float, 0), default=5e-4, help="of all parameters of the network")
-    add("--full", action="store_true", help="the paper's network, by default on 60,000 images in 20 epochs")
-    # Their defaults depend on --full and --quick.
-    add_flags(parser, epochs=None, warmup=2, batch_size=128, seeds=3, lr=0.05)
+    add("--full", action="store_true", help="the paper's network")
+    quick = "λ of 0 and 0.1, by default 2,000 images and 3 epochs"
+    add_flags(parser, warmup=2, batch_size=128, seeds=3, lr=0.05, quick=quick)
     args = parser.parse_args(argv)
     images, epochs = (2000, 3) if args.quick else (60_000, 20) if args.full else (20_000, 8)
-    args.images, args.epochs = args.images or images, args.epochs or epochs
+    args.images, args.epochs = getattr(args, "images", images), getattr(args, "epochs", epochs)
     if args.quick:
         args.lams = [0.0, 0.1]
     args.lams = sorted(set(args.lams))
@@ -303,7 +322,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[float, list[dict[str, Any]]]:
     """Runs the comparison; for each λ a list with every seed's metrics and losses."""
     args = parse_args(argv)
-    with stopped_by_hand():
+    with stopped_by_hand(" The same command goes on from the last finished epoch."):
         data = load(args.data, args.images)
         if args.batch_size > len(data[1]):
             raise SystemExit(f"--batch-size: {args.batch_size} is above the {len(data[1])} training images")

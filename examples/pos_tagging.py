@@ -30,6 +30,7 @@ from _common import (
     markdown,
     number,
     progress,
+    say_if_quick,
     spread,
     stopped_by_hand,
 )
@@ -74,6 +75,8 @@ def read(path: Path) -> list[Sentence]:
                 left_out["empty sentences"] += not tokens
                 left_out["words without a tag"] += sum(token["upos"] == "_" for token in tokens)
                 if tokens:
+                    if unknown := {token["upos"] for token in tokens} - {*TAGS, "_"}:
+                        raise ValueError(f"unknown tag {min(unknown)}")
                     tags = [-1 if token["upos"] == "_" else TAGS.index(token["upos"]) for token in tokens]
                     sentences.append(([token["form"] for token in tokens], tags))
     except (OSError, UnicodeDecodeError) as error:
@@ -216,7 +219,7 @@ def fit(
             train_step(model, optimizer, *batch, weight, np.float32(args.alpha))
             for batch, weight in zip(epoch, weights, strict=True)
         ]
-        losses.append(float(np.mean(found)))
+        losses.append(float(np.mean(jax.device_get(found))))
         bar.set_postfix(lam=lam, seed=seed, loss=f"{losses[-1]:.3f}", refresh=False)
         bar.update()
     check_finite(losses, f"λ = {lam:g}, seed {seed}")
@@ -270,10 +273,12 @@ def compare(args: argparse.Namespace, data: dict[str, list[Sentence]]) -> dict[f
         for lam, runs in results.items()
     ]
     print(markdown(["", *(title for title, _ in METRICS.values())], rows))
+    print("\nTo center, gap and moved are `center_metrics` of the dev words, the last over the last epoch.")
     picture = args.out / "pos_tagging.png"
-    heading = "Words of the dev set; crosses are the tags' centers"
+    heading = "Words of the dev set (each panel has its own axes); arrows: centers in the last epoch"
     draw_planes(picture, heading, planes, TAGS, ("first main direction", "second"))
     print(f"\nThe dev words of seed 0: {picture}")
+    say_if_quick(args)
     return results
 
 
@@ -291,7 +296,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lams", type=number(float, 0), nargs="+", default=[0, 0.001, 0.01], help="weights λ")
     add("--time-major", action="store_true", help="features as (seq, batch, D): the same numbers")
     add("--hidden", type=number(int, 1), default=128, help="units of the LSTM in each direction")
-    add_flags(parser, epochs=6, warmup=1, batch_size=64, seeds=5, lr=3e-3)
+    add("--epochs", type=number(int, 1), default=6, help="epochs of each run")
+    quick = f"at most 2 epochs, 1,000 sentences of up to {WIDTHS[1]} words"
+    add_flags(parser, warmup=1, batch_size=64, seeds=5, lr=3e-3, quick=quick)
     args = parser.parse_args(argv)
     if args.quick:
         args.epochs = min(args.epochs, 2)

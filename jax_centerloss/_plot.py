@@ -31,6 +31,7 @@ def plot(
     the weight of the center loss, the more they shrink to clusters around their centers. Arrows from
     `previous` show whether centers move. Both axes have one scale, since the loss is a distance.
 
+    The legend names up to 20 classes; `ax.get_legend().remove()` takes it away again.
     Features of more dimensions have to be projected first, centers along with them: with scikit-learn,
     `pca = PCA(2).fit(x)`, then `plot(pca.transform(centers), pca.transform(x), labels)`.
 

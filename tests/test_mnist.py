@@ -73,7 +73,7 @@ def test_goes_on_where_it_was_stopped(folder, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         mnist.main(command)
     assert stopped.value.code == 130
-    assert "Stopped" in capsys.readouterr().err
+    assert "Stopped before the end. The same command goes on" in capsys.readouterr().err
     assert mnist.main(command) == whole
     assert len(steps) == 7 + 2 * 4  # The first epoch was kept.
     assert mnist.main(command) == whole
@@ -113,7 +113,7 @@ def test_the_papers_network_has_its_shapes():
 
 IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 BROKEN = {
-    "no such file": (IMAGES, None, "No such file"),
+    "no such file": (IMAGES, None, f"There is no {IMAGES} in "),
     "not gzip": (IMAGES, b"plain text", "Not a gzipped file"),
     "cut gzip": (IMAGES, lambda content: content[:5000], "ended before"),
     "flipped bytes": (IMAGES, lambda content: content[:100] + b"\xff" * 900 + content[1000:], "decompress"),

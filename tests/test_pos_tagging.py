@@ -152,7 +152,10 @@ def test_what_is_no_word_is_left_out_and_said(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (line(1, "a", "DET") + "\n\n" + line(1, "b", "NOM") + "\n\n", "sentence 2: .*NOM.*Expected CoNLL-U"),
+        (
+            line(1, "a", "DET") + "\n\n" + line(1, "b", "NOM") + "\n\n",
+            "sentence 2: unknown tag NOM.*Expected CoNLL-U",
+        ),
         ("1 no tabs here\n\n", "sentence 1: .*Expected CoNLL-U"),
         ("1\tcut\n", "sentence 1: .*Expected CoNLL-U"),
         (line("x", "a", "DET") + "\n\n", "sentence 1: .*Expected CoNLL-U"),
