@@ -99,6 +99,16 @@ def load(data: Path | None, limit: int) -> tuple[np.ndarray, ...]:
     return tuple(array.astype(np.int32) if array.ndim == 1 else array for array in arrays)
 
 
+class PReLU(nnx.Module):
+    """As `flax.nnx.PReLU`, which Flax 0.11 has not."""
+
+    def __init__(self) -> None:
+        self.slope = nnx.Param(jnp.asarray(0.01))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.where(x >= 0, x, self.slope[...] * x)
+
+
 class Model(nnx.Module):
     """Convolutions, two features, a softmax layer, and a center for each class.
 
@@ -112,9 +122,9 @@ class Model(nnx.Module):
         layers = []
         for inputs, outputs in pairwise(widths):
             if full:
-                layers += [conv(inputs, outputs), nnx.PReLU(), conv(outputs, outputs), nnx.PReLU(), pool]
+                layers += [conv(inputs, outputs), PReLU(), conv(outputs, outputs), PReLU(), pool]
             else:
-                layers += [conv(inputs, outputs, strides=2), nnx.PReLU()]
+                layers += [conv(inputs, outputs, strides=2), PReLU()]
         self.layers = nnx.Sequential(*layers)
         side = 3 if full else 4
         self.embed = nnx.Linear(side * side * widths[-1], 2, rngs=rngs)
