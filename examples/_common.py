@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from scipy import stats
 from tqdm import tqdm
 
@@ -73,6 +74,15 @@ def add_flags(
     add("--lr", type=number(float, 0, open_end=True), default=lr, help="peak rate of the network's optimizer")
     add("--out", type=Path, default=Path("out"), help="folder for what is written")
     add("--quick", action="store_true", help=f"to see that it runs: one seed, {quick}")
+
+
+def add_centers_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--centers",
+        choices=["rule", "optax"],
+        default="rule",
+        help="what moves the centers: the paper's rule, or gradient descent by an optax chain of their own",
+    )
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -142,6 +152,13 @@ def divide_by_lam() -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(lambda g: inverse * g, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+@nnx.jit
+def predict(model: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The features of a network, and the classes that its softmax layer finds."""
+    features = model.features(x)
+    return features, jnp.argmax(model.head(features), axis=-1)
 
 
 def compactness(

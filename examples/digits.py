@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from _common import (
     Plane,
+    add_centers_flag,
     add_flags,
     check_finite,
     check_flags,
@@ -25,6 +26,7 @@ from _common import (
     lam_at,
     make_optimizer,
     number,
+    predict,
     progress,
     say_if_quick,
     stopped_by_hand,
@@ -123,12 +125,6 @@ def train(
     return model, previous, losses
 
 
-@nnx.jit
-def predict(model: Model, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    features = model.features(x)
-    return features, jnp.argmax(model.head(features), axis=-1)
-
-
 def parse_args(argv: Sequence[str] | None, train_size: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Softmax alone against softmax + λ · center loss on scikit-learn's digits.",
@@ -136,12 +132,7 @@ def parse_args(argv: Sequence[str] | None, train_size: int) -> argparse.Namespac
     )
     add = parser.add_argument
     add("--lam", type=number(float, 0), default=0.1, help="weight λ of the center loss")
-    add(
-        "--centers",
-        choices=["rule", "optax"],
-        default="rule",
-        help="what moves the centers: the paper's rule, or gradient descent by an optax chain of their own",
-    )
+    add_centers_flag(parser)
     add("--feat-dim", type=number(int, 1), default=2, help="features per sample; drawn if they are 2")
     add("--epochs", type=number(int, 1), default=60, help="epochs of each run")
     add_flags(parser, warmup=0, batch_size=64, seeds=5, lr=0.1, quick="at most 5 epochs")

@@ -26,6 +26,7 @@ import optax
 import orbax.checkpoint as ocp
 from _common import (
     Plane,
+    add_centers_flag,
     add_flags,
     check_finite,
     check_flags,
@@ -36,6 +37,7 @@ from _common import (
     lam_at,
     make_optimizer,
     number,
+    predict,
     progress,
     say_if_quick,
     stopped_by_hand,
@@ -243,12 +245,6 @@ def centers_of(model: Model) -> jax.Array:
     return table
 
 
-@nnx.jit
-def predict(model: Model, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x = model.features(images)
-    return x, jnp.argmax(model.head(x), axis=-1)
-
-
 def predict_all(model: Model, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     parts = [predict(model, part) for part in np.array_split(images, max(1, len(images) // 1000))]
     features, classes = zip(*parts, strict=True)
@@ -296,12 +292,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, help=f"folder with {', '.join(SHA256)}; else MNIST is downloaded")
     add("--lams", type=number(float, 0), nargs="+", default=[0, 0.001, 0.01, 0.1, 1], help="weights λ")
-    add(
-        "--centers",
-        choices=["rule", "optax"],
-        default="rule",
-        help="what moves the centers: the paper's rule, or gradient descent by an optax chain of their own",
-    )
+    add_centers_flag(parser)
     unset = argparse.SUPPRESS  # Their defaults depend on --full and --quick.
     add(
         "--images",

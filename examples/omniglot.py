@@ -9,7 +9,6 @@ the norm of the features. Only the second has centers that move.
 """
 
 import argparse
-import functools
 import io
 import zipfile
 import zlib
@@ -31,6 +30,7 @@ from _common import (
     download,
     draw_planes,
     lam_at,
+    make_optimizer,
     markdown,
     new_figure,
     number,
@@ -201,12 +201,6 @@ def batches(args: argparse.Namespace, size: int, seed: int) -> Iterator[tuple[np
             yield order[start : start + args.batch_size], random.integers(0, 5, (args.batch_size, 2))
 
 
-@functools.cache  # One object for all runs: a new one would compile their step anew.
-def make_optimizer(lr: float, weight_decay: float, steps: int) -> optax.GradientTransformation:
-    sgd = optax.sgd(optax.cosine_decay_schedule(lr, steps), momentum=0.9)
-    return optax.chain(optax.add_decayed_weights(weight_decay), sgd)
-
-
 def train(
     args: argparse.Namespace, data: Drawings, arm: str, lam: float, seed: int, bar: Any
 ) -> tuple[Model, dict[str, Any]]:
@@ -214,7 +208,7 @@ def train(
     per_epoch = len(data.labels) // args.batch_size
     steps = args.epochs * per_epoch
     model = Model(data.labels.max() + 1, args.feat_dim, rngs=nnx.Rngs(seed))
-    tx = make_optimizer(args.lr, args.weight_decay, steps)
+    tx = make_optimizer("rule", args.lr, args.weight_decay, args.alpha, steps)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     lams = lam_at(np.arange(steps), lam, args.warmup * per_epoch)
     alpha = np.float32(args.alpha if arm == "center" else 0)
@@ -260,11 +254,15 @@ def pairs(data: Drawings, count: int) -> dict[str, np.ndarray]:
     return found
 
 
-def verify(features: np.ndarray, chosen: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Per kind of negatives: TAR at FAR 1 % and 0.1 %, EER, and the curve at `FAR`."""
+def unit_length(features: np.ndarray) -> np.ndarray:
     # A feature of length 0, of a collapsed network, and those of a diverged one are like no other.
     features = np.nan_to_num(features, posinf=0, neginf=0)
-    unit = features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+    return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+
+
+def verify(features: np.ndarray, chosen: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Per kind of negatives: TAR at FAR 1 % and 0.1 %, EER, and the curve at `FAR`."""
+    unit = unit_length(features)
 
     def similarity(pair: np.ndarray) -> np.ndarray:
         parts = np.array_split(pair, max(1, pair.shape[1] // 65536), axis=1)
@@ -306,7 +304,7 @@ def select(args: argparse.Namespace, background: Drawings) -> dict[str, float]:
     print(f"\nOn the held-out training alphabets, {args.select} seed(s), α = {args.alpha:g}, ", end="")
     print(f"λ over {args.warmup} of {args.epochs} epochs:\n")
     print(markdown(["arm", "λ", *heads, *TRAINED.values()], rows))
-    best = {arm: max(scores, key=lambda run: (run[0] == arm, scores[run]))[1] for arm in args.arms}
+    best = {arm: max((run for run in runs if run[0] == arm), key=scores.get)[1] for arm in args.arms}
     print("\nChosen:", ", ".join(f"λ = {lam:g} for {ARMS[arm]}" for arm, lam in best.items()), "\n")
     return best
 
@@ -415,8 +413,7 @@ def plane(title: str, features: np.ndarray, data: Drawings) -> Plane:
     characters = np.unique(data.labels[data.alphabets == data.alphabets[0]])[:10]
     chosen = np.isin(data.labels, characters)
     labels = np.searchsorted(characters, data.labels[chosen])
-    unit = features[chosen] / np.linalg.norm(features[chosen], axis=-1, keepdims=True)
-    points = PCA(2, random_state=0).fit_transform(unit)
+    points = PCA(2, random_state=0).fit_transform(unit_length(features[chosen]))
     params = jax_centerloss.init_centers(jax.random.key(0), len(characters), 2)
     return Plane(title, jax_centerloss.init_from_features(params, [(points, labels)]), points, labels)
 
