@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 
-def debug_check(value: jax.Array, ok: jax.Array, message: str, **values: jax.Array) -> jax.Array:
+def debug_check(value: jax.Array, ok: jax.Array, message: str, /, **values: jax.Array) -> jax.Array:
     """`value`, which must be used, with a `checkify` error if the scalar `ok` is false.
 
     `values` are scalars of which the largest are shown in `message` where a batch of checks fails.

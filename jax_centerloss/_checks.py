@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
@@ -138,7 +139,8 @@ def batch(
         if mask.shape != labels.shape:
             raise ValueError(f"where must have the shape of labels {labels.shape}, got {mask.shape}.")
         used = used & _placement.along(x, mask)
-    return x, _labels_in_range(given, where, labels, used, centers.shape[0]), used
+    labels = _labels_in_range(given, where, labels, used, centers.shape[0])
+    return x, _features_finite(x, labels, used), used
 
 
 def _labels_in_range(
@@ -162,6 +164,21 @@ def _labels_in_range(
         jnp.logical_not(jnp.any(bad)),
         f"label {{label}} is out of range for {num_classes} classes",
         label=jnp.max(jnp.where(bad, labels, jnp.zeros((), labels.dtype)), initial=0),
+    )
+
+
+def _features_finite(x: jax.Array, labels: jax.Array, used: jax.Array) -> jax.Array:
+    """The labels, with an error under `checkify` if a used sample of `x` is NaN or infinite."""
+    if _concrete(x):  # Outside of any program, where it would cost: it shows in the result.
+        return labels
+    x = lax.stop_gradient(x)
+    bad = used[..., None] & jnp.logical_not(jnp.isfinite(x))
+    return debug_check(
+        labels,
+        jnp.logical_not(jnp.any(bad)),
+        "a feature of a used sample, of class {label}, is {value}",
+        label=jnp.max(jnp.where(jnp.any(bad, -1), labels, jnp.zeros((), labels.dtype)), initial=0),
+        value=jnp.max(jnp.where(bad, x, jnp.full((), -jnp.inf, x.dtype)), initial=-jnp.inf),
     )
 
 

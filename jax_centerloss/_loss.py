@@ -147,8 +147,8 @@ def own_class_losses(
     rows: jax.Array, x: jax.Array, known: jax.Array, used: jax.Array, *, clip: Clip, num_classes: int
 ) -> jax.Array:
     """Per-sample losses from the rows already read: NaN for a used label without a class, 0 if unused."""
-    dtype = _table.compute_dtype(x, rows)
-    distance = squared_distance(x.astype(dtype), rows.astype(dtype), known, used)
+    dtype = rows.dtype
+    distance = squared_distance(x.astype(dtype), rows, known, used)
     # Infinity, which the clamp would hide as 1e12, has to surface as NaN does, in the gradient too. The
     # constants are NumPy's: an eager NaN of JAX's would trip jax_debug_nans on a clean batch.
     proper = (jnp.isfinite(distance) & known) | jnp.logical_not(used)

@@ -87,9 +87,8 @@ def _metrics(
     axis_name: AxisName,
 ) -> dict[str, jax.Array]:
     rows, known = _table.read_rows(centers, labels, x)
-    dtype = _table.compute_dtype(x, rows)
-    own = jnp.sqrt(_loss.squared_distance(x.astype(dtype), rows.astype(dtype), known, used))
-    own = jnp.where(known, own, np.full((), np.nan, dtype))
+    own = jnp.sqrt(_loss.squared_distance(x.astype(rows.dtype), rows, known, used))
+    own = jnp.where(known, own, np.full((), np.nan, rows.dtype))
     gap = _nearest_other(centers, x, labels) - own
     metrics = {"own_distance": _loss.mean(own, used, axis_name), "gap": _loss.mean(gap, used, axis_name)}
 

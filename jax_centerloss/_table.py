@@ -29,6 +29,7 @@ def read_rows(centers: jax.Array, labels: jax.Array, x: jax.Array) -> tuple[jax.
     """A row for each sample, placed as `x` is, and where the label names a class at all: elsewhere it is any.
 
     Reads by `labels` alone, in one form, so that every read of one step is the same read; masks come after.
+    The rows are in the dtype that is computed in, so that their derivatives are summed in it too.
     """
     if not labels.ndim:  # JAX does not read a single row of a table that is split over Explicit axes.
         rows, known = read_rows(centers, labels[None], x[None])
@@ -40,7 +41,8 @@ def read_rows(centers: jax.Array, labels: jax.Array, x: jax.Array) -> tuple[jax.
 
 @jax.custom_jvp
 def _rows_at(centers: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
-    return centers.at[index].get(mode="promise_in_bounds", out_sharding=_placement.sharding_of(x, centers))
+    rows = centers.at[index].get(mode="promise_in_bounds", out_sharding=_placement.sharding_of(x, centers))
+    return rows.astype(compute_dtype(x, centers))
 
 
 @partial(_rows_at.defjvp, symbolic_zeros=True)
@@ -54,6 +56,7 @@ def _rows_at_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     index = _placement.whole(mesh, index)
     moved = (
         tangents[0]
+        .astype(rows.dtype)  # Before the read: its transpose, a sum over samples, then is in it.
         .at[index]
         .get(mode="promise_in_bounds", out_sharding=_placement.sharding_of(index[..., None], centers))
     )

@@ -1,6 +1,8 @@
 """Centers from and to PyTorch."""
 
 import os
+import pickle
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +32,8 @@ def from_torch(source: Source, *, key: str = "centers") -> dict[str, jax.Array]:
 
     Raises:
       KeyError: if `key` is not there; the message lists what is.
-      ValueError: if the tensor is not a `(C, D)` table, or the file's name has another ending.
+      ValueError: if the tensor is not a `(C, D)` table, the file's name has another ending, or the file is
+        broken or holds anything but tensors.
       TypeError: if the tensor is not floating point, or `source` is neither a mapping nor a path.
 
     Example:
@@ -56,7 +59,7 @@ def from_torch(source: Source, *, key: str = "centers") -> dict[str, jax.Array]:
         )
     try:
         array = _numpy(source[key])
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise TypeError(f"{key!r} must be a tensor; the state dict holds: {held}.") from error
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{key!r} must have shape (C, D), got {array.shape}; the state dict holds: {held}.")
@@ -95,19 +98,47 @@ def to_torch(params: Any) -> dict[str, Any]:
 
 
 def _load(path: str, key: str) -> Any:
+    """The tensors of a file, which is not trusted: it runs no code and takes no more memory than its size."""
     ending = os.path.splitext(path)[1].lower()
-    if ending in (".pt", ".pth"):
-        import torch
+    if ending not in (".pt", ".pth", ".safetensors"):
+        raise ValueError(f"the file must end in .pt, .pth or .safetensors, got {path!r}.")
+    size = os.stat(path).st_size  # One that is not there raises as it does everywhere.
+    try:
+        return _safetensors(path, key) if ending == ".safetensors" else _pickled(path, key, size)
+    except ImportError:
+        raise
+    except Exception as error:  # Torn and forged files make the readers fail in every way there is.
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"{path!r} can't be read: {type(error).__name__}: {reason}") from error
 
-        return torch.load(path, map_location="cpu", weights_only=True)
-    if ending == ".safetensors":
-        from safetensors import safe_open
 
-        with safe_open(path, framework="numpy") as file:
-            # The others are only described: they may be large, or of a dtype that NumPy has not.
-            names = file.keys()
-            return {name: file.get_tensor(name) if name == key else _Described(file, name) for name in names}
-    raise ValueError(f"the file must end in .pt, .pth or .safetensors, got {path!r}.")
+def _pickled(path: str, key: str, size: int) -> Any:
+    import torch
+
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            # PyTorch compresses nothing.
+            if sum(member.file_size for member in archive.infolist()) > size:
+                raise ValueError("it unpacks to more than its size")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # PyTorch's own words advise to load everything.
+        raise ValueError(
+            "it holds no PyTorch file, or more than tensors, which could run code and is not read. A model is "
+            "saved as tensors by `torch.save(module.state_dict(), path)`"
+        ) from error
+    value = state.get(key) if isinstance(state, Mapping) else None
+    if isinstance(value, torch.Tensor) and value.nbytes > value.untyped_storage().nbytes():
+        raise ValueError(f"{key!r} of shape {tuple(value.shape)} is larger than what is stored of it")
+    return state
+
+
+def _safetensors(path: str, key: str) -> Any:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        # The others are only described: they may be large, or of a dtype that NumPy has not.
+        return {n: file.get_tensor(n) if n == key else _Described(file, n) for n in file.keys()}  # noqa: SIM118
 
 
 class _Described:

@@ -151,8 +151,8 @@ def pull(
 ) -> Pulls:
     """What the batch asks of the centers by `rule`, for a rate of one: whole on every device."""
     rows, known = _table.read_rows(centers, labels, x)
-    dtype = _table.compute_dtype(x, rows)
-    x, rows = x.astype(dtype), rows.astype(dtype)
+    dtype = rows.dtype
+    x = x.astype(dtype)
     # The very terms of `center_loss`, which XLA then computes once for both.
     difference, distance = x - rows, _loss.squared_distance(x, rows, known, used)
     labels, used, difference, distance = _table.gather_batch(

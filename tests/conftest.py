@@ -8,10 +8,22 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 # Virtual devices share the threads of the CPU, by default one for each of them. A device that waits for the
 # others holds one, and those it waits for may find none left.
 os.environ.setdefault("NPROC", "32")
+# Most of the time goes to compiling small programs. They are kept, for the other worker and the next run. All
+# of it in the environment, so that the processes that tests start compute the same bits.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
+
+# Compilation makes some examples slow. The examples are the same in every run; --hypothesis-profile=fresh
+# looks for others.
+settings.register_profile("same", deadline=None, derandomize=True, database=None)
+settings.register_profile("fresh", deadline=None, print_blob=True, max_examples=100)
+settings.load_profile("same")
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -29,6 +41,8 @@ def rng():
 
 @pytest.fixture
 def as_users_run_it():
-    # optax's schedules promote int to float.
+    # optax's schedules promote int to float. Convolutions take their time without optimizations.
+    jax.config.update("jax_disable_most_optimizations", False)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")

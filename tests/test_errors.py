@@ -138,6 +138,39 @@ def test_checkify_names_the_label(function, wrap):
     check(TABLE, x, jnp.array([0, 3, 1, -1]))[0].throw()
 
 
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("function", BATCH_FUNCTIONS)
+@pytest.mark.parametrize("wrap", [lambda function: function, jax.checkpoint, each, spread])
+def test_checkify_names_a_feature_that_is_no_number(function, wrap, bad):
+    check = checkify.checkify(jax.jit(wrap(function)))
+    x, labels = jnp.zeros((4, 3)).at[1, 2].set(float(bad)), jnp.array([0, 2, 1, -1])
+    with pytest.raises(checkify.JaxRuntimeError, match=rf"a feature of a used sample, of class 2, is {bad}"):
+        check(TABLE, x, labels)[0].throw()
+    check(TABLE, x, jnp.array([0, -1, 1, -1]))[0].throw()  # Not of one that is ignored.
+    check(TABLE, jnp.zeros((4, 3)), labels)[0].throw()
+
+
+def test_checkify_of_gradients_and_metrics():
+    x, labels = jnp.zeros((2, 3)).at[1, 2].set(jnp.nan), jnp.array([0, 2])
+    for function in (jax.grad(jcl.center_loss, (0, 1)), jax.hessian(jcl.center_loss), jcl.center_metrics):
+        error, _ = checkify.checkify(jax.jit(function))(TABLE, x, labels)
+        assert "of class 2, is nan" in error.get()
+        error, _ = checkify.checkify(jax.jit(function))(TABLE, jnp.zeros((2, 3)), labels)
+        assert error.get() is None
+
+
+@pytest.mark.parametrize("function", BATCH_FUNCTIONS)
+def test_the_checks_cost_nothing_where_no_one_looks(function):
+    def compiled():
+        program = jax.jit(lambda *a: function(*a)).lower(TABLE, X, Y).compile()
+        return program.cost_analysis()["flops"], program.memory_analysis().temp_size_in_bytes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jax_centerloss._checks.debug_check", lambda labels, /, *_, **__: labels)
+        want = compiled()
+    assert compiled() == want
+
+
 @pytest.mark.parametrize("function", BATCH_FUNCTIONS)
 def test_the_check_leaves_no_effect(function):
     # A program with an effect would leave JAX's fast dispatch: 0.1 ms a call.

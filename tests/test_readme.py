@@ -54,7 +54,23 @@ def test_functions():
 
 def test_a_label_out_of_range_is_named(capsys):
     run(block("checkify"))
-    assert capsys.readouterr().out.startswith("label 10 is out of range for 10 classes")
+    label, feature = capsys.readouterr().out.splitlines()
+    assert label.startswith("label 10 is out of range for 10 classes")
+    assert feature.startswith("a feature of a used sample, of class 9, is nan")
+
+
+def test_every_guarantee_names_tests_that_exist():
+    text = README.read_text(encoding="utf-8").split("## Guarantees")[1].split("\n## ")[0]
+    sources = "".join(
+        path.read_text(encoding="utf-8") for path in pathlib.Path(__file__).parent.glob("test_*.py")
+    )
+    promises = re.findall(r"^- .*?(?=^- |^\*\*|\Z)", text, flags=re.DOTALL | re.MULTILINE)
+    assert len(promises) > 15
+    for promise in promises:
+        names = re.findall(r"`(test_\w+)`", promise)
+        assert names, promise
+        for name in names:
+            assert f"def {name}(" in sources, name
 
 
 def test_training_step(rng):

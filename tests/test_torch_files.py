@@ -1,8 +1,12 @@
 """Centers from and to PyTorch. What needs torch itself runs where it is installed; CI requires it."""
 
 import importlib.util
+import io
 import json
 import os
+import pickle
+import resource
+import warnings
 import zipfile
 
 import jax.numpy as jnp
@@ -81,6 +85,41 @@ def test_errors_say_what_the_file_holds(tmp_path):
         jcl.from_torch(tmp_path / "none.safetensors")
 
 
+def header(content, body=b""):
+    return len(content).to_bytes(8, "little") + content + body
+
+
+def declared(shape, end, dtype="F32"):
+    return json.dumps({"centers": {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}}).encode()
+
+
+SOUND = header(declared([3, 2], 24), TABLE.tobytes())
+BROKEN = {
+    "empty": b"",
+    "cut": SOUND[:-1],
+    "half": SOUND[: len(SOUND) // 2],
+    "pickle": b"\x80\x04\x95\x1f" + bytes(60),
+    "endless header": (2**62).to_bytes(8, "little") + b"{}",
+    "no JSON": header(b"{nope"),
+    "larger than its bytes": header(declared([10**9, 10**6], 24), bytes(24)),
+    "larger than the file": header(declared([10**9, 10**6], 4 * 10**15), bytes(24)),
+    "no dtype of NumPy's": header(declared([3, 2], 6, "F8_E4M3"), bytes(6)),
+    "unknown dtype": header(declared([3, 2], 24, "F33"), bytes(24)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_safetensors_are_refused_and_take_no_memory(tmp_path, name):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(BROKEN[name])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"model\.safetensors' can't be read: \w+"):
+        jcl.from_torch(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16  # KiB
+    path.write_bytes(SOUND)
+    np.testing.assert_array_equal(jcl.from_torch(path)["centers"], TABLE)
+
+
 if HAS_TORCH:
     import torch
 
@@ -114,6 +153,74 @@ if HAS_TORCH:
 
         torch.save({"centers": Evil()}, tmp_path / "evil.pt")
         assert zipfile.is_zipfile(tmp_path / "evil.pt")
-        with pytest.raises(Exception, match=r"[Ww]eights"):
-            jcl.from_torch(tmp_path / "evil.pt")
+        torch.save({"centers": Evil()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+        torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+        (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil()))
+        for name in ("evil", "old", "module", "bare"):
+            with (
+                warnings.catch_warnings(action="ignore"),  # PyTorch's, of what a bare pickle is.
+                pytest.raises(
+                    ValueError, match=rf"{name}\.pt' can't be read: .*could run code and is not read"
+                ),
+            ):
+                jcl.from_torch(tmp_path / f"{name}.pt")
         assert not marker.exists()
+
+    def rezipped(content, compression, **changed):
+        """An archive of PyTorch's, with other bytes in some of its members, or without them."""
+        new = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(new, "w", compression) as archive:
+            for name in old.namelist():
+                data = changed.get(name.split("/", 1)[1], old.read(name))
+                if data is not None:
+                    archive.writestr(name, data)
+        return new.getvalue()
+
+    def saved(value, **options):
+        file = io.BytesIO()
+        torch.save({"centers": value}, file, **options)
+        return file.getvalue()
+
+    def test_broken_and_forged_pickles_are_refused_and_take_no_memory(tmp_path):
+        table = torch.arange(6.0).reshape(3, 2)
+        new, old = saved(table), saved(table, _use_new_zipfile_serialization=False)
+        huge = old.replace(b"K\x06N", b"\x8a\x06" + (10**13).to_bytes(6, "little") + b"N")  # Numbers in it.
+        assert huge != old
+        bomb = rezipped(new, zipfile.ZIP_DEFLATED, **{"data/0": bytes(2**28)})
+        assert len(bomb) < 2**20
+        files = {
+            "empty": b"",
+            "text": b"hello world\n" * 50,
+            "cut": new[:-1],
+            "half": new[: len(new) // 2],
+            "old, cut": old[:-10],
+            "old, half": old[: len(old) // 2],
+            "old, huge": huge,
+            "data cut": rezipped(new, zipfile.ZIP_STORED, **{"data/0": bytes(8)}),
+            "data gone": rezipped(new, zipfile.ZIP_STORED, **{"data/0": None}),
+            "bomb": bomb,
+            "one number declared to be a terabyte": saved(torch.zeros(1).expand(10**6, 10**5)),
+            "sparse": saved(torch.eye(3).to_sparse()),
+        }
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for name, content in files.items():
+            (tmp_path / f"{name}.pt").write_bytes(content)
+            with (
+                warnings.catch_warnings(action="ignore"),
+                pytest.raises(ValueError, match=rf"{name}\.pt' can't be read: \w+"),
+            ):
+                jcl.from_torch(tmp_path / f"{name}.pt")
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # KiB
+        for content in (new, old, rezipped(new, zipfile.ZIP_STORED)):
+            (tmp_path / "sound.pth").write_bytes(content)
+            np.testing.assert_array_equal(jcl.from_torch(tmp_path / "sound.pth")["centers"], TABLE)
+
+    @pytest.mark.parametrize(
+        "value", [torch.zeros(3, 2, device="meta"), torch.ones(3, 2).to(torch.float8_e4m3fn)]
+    )
+    def test_a_tensor_without_numbers_for_numpy_is_named(tmp_path, value):
+        (tmp_path / "model.pt").write_bytes(saved(value))
+        with pytest.raises(
+            TypeError, match=r"'centers' must be a tensor; the state dict holds: centers \(3, 2\)"
+        ):
+            jcl.from_torch(tmp_path / "model.pt")

@@ -129,20 +129,19 @@ def test_facenets_code_by_hand(rng):
     np.testing.assert_allclose(moved, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", ["paper", "gradient"])
 @pytest.mark.parametrize("stride", [1, 17, 31, 33, 2**16, 2**20, 65537, 1000003])
 @pytest.mark.parametrize("n", [30, 31, 63])
-def test_labels_that_a_hash_table_dislikes(rng, rule, stride, n):
+def test_labels_that_a_hash_table_dislikes(rng, stride, n):
     # Few samples, many classes, names in step with the size of the table: 31 or 33 places, say.
-    classes = 2**26
+    classes = 2**24
     labels = (np.arange(n) // 2 * stride) % classes
     x = rng.normal(size=(n, 1)).astype(np.float32)
-    moved = jax.jit(jcl.update_centers, static_argnames="rule")(
-        np.zeros((classes, 1), np.float16), x, labels, rule=rule
-    )
+    moved = jax.jit(jcl.update_centers)(np.zeros((classes, 1), np.float16), x, labels)
     names = np.unique(labels)
     assert np.count_nonzero(moved) == len(names)
-    small = by_hand(np.zeros((len(names), 1)), x, np.searchsorted(names, labels), np.ones(n, bool), 0.5, rule)
+    small = by_hand(
+        np.zeros((len(names), 1)), x, np.searchsorted(names, labels), np.ones(n, bool), 0.5, "paper"
+    )
     np.testing.assert_allclose(moved[names], small, rtol=1e-2)
 
 

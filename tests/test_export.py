@@ -1,0 +1,136 @@
+"""Programs exported for every platform, and run by a process that knows nothing of this library."""
+
+import subprocess
+import sys
+from functools import partial
+
+import chex
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jax_centerloss as jcl
+
+C, D, N = 3000, 4, 16
+PLATFORMS = ("cpu", "cuda", "tpu")
+ROWS = jcl.row_optimizer(optax.adam(0.1))
+
+# Of the centers, their optimizer's state, features, labels and a mask.
+FUNCTIONS = {
+    "loss": lambda c, s, x, y, w: jcl.center_loss(c, x, y, where=w),
+    "gradient": lambda c, s, x, y, w: jax.grad(jcl.center_loss, (0, 1))(c, x, y, where=w),
+    "paper": lambda c, s, x, y, w: jcl.update_centers(c, x, y, where=w),
+    "gradient rule": lambda c, s, x, y, w: jcl.update_centers(c, x, y, where=w, rule="gradient"),
+    "rows": lambda c, s, x, y, w: jax.tree.leaves(ROWS.update(c, ADAM(s, c), x, y, where=w)),
+    "distances": lambda c, s, x, y, w: jcl.distance_map(c, x),
+    "nearest": lambda c, s, x, y, w: jcl.nearest_center(c, x),
+    "metrics": lambda c, s, x, y, w: jcl.center_metrics(c, x, y, where=w),
+}
+
+RUN = """
+import sys
+import jax, jax.export, numpy as np
+assert "jax_centerloss" not in sys.modules
+folder = sys.argv[1]
+arrays = np.load(f"{folder}/arguments.npz")
+arguments = [arrays[f"arr_{i}"] for i in range(len(arrays))]
+for name in sys.argv[2:]:
+    exported = jax.export.deserialize(open(f"{folder}/{name}.bin", "rb").read())
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    np.savez(f"{folder}/{name}.npz", *jax.tree.leaves(exported.call(*arguments)))
+assert "jax_centerloss" not in sys.modules
+"""
+
+
+def ADAM(leaves, centers):  # noqa: N802
+    """The optimizer's state of its leaves: an exported program takes arrays."""
+    return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(ROWS.init, centers)), leaves)
+
+
+@pytest.fixture(autouse=True)
+def as_optax_needs_it():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def arguments(rng):
+    centers = rng.normal(size=(C, D)).astype(np.float32)
+    labels = rng.integers(-1, C, N).astype(np.int32)
+    labels[:4] = 7
+    state = [np.asarray(leaf) for leaf in jax.tree.leaves(ROWS.init(centers))]
+    return centers, state, rng.normal(size=(N, D)).astype(np.float32), labels, rng.random(N) < 0.8
+
+
+def shape(array, *size):
+    return jax.ShapeDtypeStruct(size or array.shape, array.dtype)
+
+
+def exported(function, *shapes):
+    return jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
+
+
+def test_a_fresh_process_gets_the_same_numbers(tmp_path, arguments):
+    centers, state, x, labels, where = arguments
+    (n,) = jax.export.symbolic_shape("n")
+    shapes = (
+        shape(centers),
+        [shape(leaf) for leaf in state],
+        shape(x, n, D),
+        shape(labels, n),
+        shape(where, n),
+    )
+    for name, function in FUNCTIONS.items():
+
+        def flat(c, *rest, function=function):
+            return function(c, list(rest[:-3]), *rest[-3:])
+
+        given = shapes[0], *shapes[1], *shapes[2:]
+        (tmp_path / f"{name}.bin").write_bytes(exported(flat, *given).serialize())
+    np.savez(tmp_path / "arguments.npz", centers, *state, x, labels, where)
+    command = [sys.executable, "-c", RUN, str(tmp_path), *FUNCTIONS]
+    subprocess.run(command, check=True, timeout=240)
+    for name, function in FUNCTIONS.items():
+        with np.load(tmp_path / f"{name}.npz") as file:
+            got = [file[f"arr_{i}"] for i in range(len(file.files))]
+        want = [np.asarray(leaf) for leaf in jax.tree.leaves(function(*arguments))]
+        chex.assert_trees_all_equal_dtypes(got, want)
+        chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6, custom_message=name)
+
+
+def test_a_symbolic_number_of_classes(arguments):
+    centers, _, x, labels, _ = arguments
+    (k,) = jax.export.symbolic_shape("k")
+    program = exported(jcl.update_centers, shape(centers, k, D), shape(x), shape(labels))
+    np.testing.assert_allclose(
+        program.call(centers, x, labels), jcl.update_centers(centers, x, labels), rtol=1e-5
+    )
+
+
+def test_several_blocks_of_sums_are_one_on_other_platforms(rng):
+    # Block by block is for CPUs; in the program for the others, the search for classes is the only loop.
+    n, d = 2400, 512
+    shapes = [jax.ShapeDtypeStruct((5000, d), jnp.float32), jax.ShapeDtypeStruct((n, d), jnp.float32)]
+    shapes.append(jax.ShapeDtypeStruct((n,), jnp.int32))
+    loops = {
+        platform: jax.export.export(jax.jit(jcl.update_centers), platforms=[platform])(*shapes)
+        .mlir_module()
+        .count("stablehlo.while")
+        for platform in PLATFORMS
+    }
+    assert loops == {"cpu": 2, "cuda": 1, "tpu": 1}
+
+
+@pytest.mark.parametrize("kinds", [("bfloat16", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16")])
+def test_half_precision_is_exported(arguments, kinds):
+    centers, state, x, labels, where = arguments
+    x, centers = jnp.asarray(x, kinds[0]), jnp.asarray(centers, kinds[1])
+    for name in ("gradient", "paper", "rows"):
+        function = partial(FUNCTIONS[name], centers, state)
+        program = exported(function, shape(x), shape(labels), shape(where))
+        chex.assert_trees_all_close(
+            program.call(x, labels, where), jax.jit(function)(x, labels, where), rtol=1e-2
+        )

@@ -1,0 +1,227 @@
+"""Whatever the batch holds: values, gradients and steps are within the stated bounds of a float64 oracle."""
+
+import contextlib
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Batch, Bounded, Precision
+from reference import enable_x64
+
+import jax_centerloss as jcl
+
+CLIP = (1e-12, 1e12)
+CLIPS = (CLIP, None, (1.0, 4.0))
+REDUCE = {"mean": jnp.mean, "sum": jnp.sum, None: None}
+ALPHA = 0.375  # Exact in every dtype.
+# Leading dimensions, classes, features: with more classes than samples and fewer, one of each, and none.
+SHAPES = [((3, 5), 40, 16), ((2, 30), 6, 3), ((7,), 3, 2), ((), 1, 1), ((0,), 2, 2)]
+# Of the features and of the centers.
+DTYPES = [
+    ("float32", "float32"),
+    ("bfloat16", "float32"),
+    ("float16", "float32"),
+    ("float32", "bfloat16"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("float64", "float64"),
+]
+
+
+def precision_of(kinds, storage=None):
+    compute = np.float64 if "float64" in kinds else np.float32
+    return Precision.of(compute, None if storage is None else jnp.dtype(storage).type)
+
+
+def precise(kinds):
+    return enable_x64() if "float64" in kinds else contextlib.nullcontext()
+
+
+@st.composite
+def batches(draw, shape, kinds):
+    """Hypothesis picks the kind of everything and a seed; NumPy makes the numbers."""
+    lead, classes, dim = shape
+    number = int(np.prod(lead))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    values = draw(st.sampled_from(["normal", "whole numbers", "far away", "small", "at the centers"]))
+    labels = draw(
+        st.sampled_from(
+            [
+                rng.integers(0, classes, number),
+                rng.integers(-classes, classes, number),
+                np.full(number, rng.integers(classes)),
+                rng.permutation(max(classes, number))[:number] % classes,
+                np.full(number, -1),
+            ]
+        )
+    ).astype(draw(st.sampled_from(["int8", "int16", "int32"])))
+    where = draw(st.sampled_from([np.ones(number, bool), rng.random(number) < 0.5, np.zeros(number, bool)]))
+    centers, x = rng.normal(size=(classes, dim)), rng.normal(size=(number, dim))
+    if values == "whole numbers":  # Ties, and distances at the very ends of a clamp.
+        centers, x = np.round(2 * centers), np.round(2 * x)
+    elif values == "far away":
+        centers, x = centers + 100, x + 100
+    elif values == "small":
+        centers, x = centers / 64, x / 64
+    elif values == "at the centers":
+        x = centers[np.maximum(labels, 0)] + 0.75 * np.round(x)  # By which no distance is near a clamp's end.
+    return Batch(centers.astype(jnp.dtype(kinds[1])), x.astype(jnp.dtype(kinds[0])), labels, where)
+
+
+def shaped(batch, lead):
+    """As the library takes it."""
+    return (
+        jnp.asarray(batch.centers),
+        *(jnp.asarray(a).reshape(*lead, *a.shape[1:]) for a in (batch.x, batch.labels, batch.where)),
+    )
+
+
+def assert_within(got, want: Bounded, name: str):
+    error = np.abs(np.asarray(got, np.float64).reshape(want.value.shape) - want.value)
+    worst = np.max(error - want.bound, initial=0)
+    assert not worst > 0, f"{name}: {error.max()} off, granted {np.max(want.bound)}"
+    assert not np.isnan(worst), name
+
+
+@cache
+def losses(lead, kinds):
+    """One program for all options, so that hypothesis can run it often."""
+    del lead, kinds
+
+    @jax.jit
+    def run(c, x, y, w):
+        def each(clip, reduce_fn):
+            return jcl.center_loss(c, x, y, where=w, clip=clip, reduce_fn=reduce_fn)
+
+        def grads(clip):
+            return jax.grad(lambda x, c: jcl.center_loss(c, x, y, where=w, clip=clip), (0, 1))(x, c)
+
+        return [[each(clip, f) for f in REDUCE.values()] for clip in CLIPS], [grads(clip) for clip in CLIPS]
+
+    return run
+
+
+combinations = pytest.mark.parametrize(
+    ("shape", "kinds"),
+    [(SHAPES[0], kinds) for kinds in DTYPES] + [(shape, DTYPES[0]) for shape in SHAPES[1:]],
+    ids=str,
+)
+
+
+@combinations
+@settings(max_examples=20)
+@given(data=st.data())
+def test_losses_and_gradients(shape, kinds, data):
+    batch = data.draw(batches(shape, kinds))
+    with precise(kinds):
+        values, grads = jax.device_get(losses(shape[0], kinds)(*shaped(batch, shape[0])))
+    for clip, by_reduction, by_clip in zip(CLIPS, values, grads, strict=True):
+        for reduce, value in zip(REDUCE, by_reduction, strict=True):
+            assert value.dtype == ("float64" if "float64" in kinds else "float32")
+            assert_within(value, oracle.loss(batch, reduce, clip, precision_of(kinds)), f"{reduce}, {clip}")
+        want = oracle.gradients(batch, clip, *(precision_of(kinds, kind) for kind in kinds))
+        for got, bounded, kind in zip(by_clip, want, kinds, strict=True):
+            assert got.dtype == kind
+            assert_within(got, bounded, f"gradient, {clip}")
+
+
+@cache
+def steps(lead, kinds):
+    del lead, kinds
+    return jax.jit(
+        lambda c, x, y, w: [
+            jcl.update_centers(c, x, y, where=w, alpha=ALPHA, rule=rule) for rule in ("paper", "gradient")
+        ]
+    )
+
+
+@combinations
+@settings(max_examples=20)
+@given(data=st.data())
+def test_steps_by_rule(shape, kinds, data):
+    batch = data.draw(batches(shape, kinds))
+    with precise(kinds):
+        found = jax.device_get(steps(shape[0], kinds)(*shaped(batch, shape[0])))
+    for rule, got in zip(("paper", "gradient"), found, strict=True):
+        assert got.dtype == kinds[1]
+        assert_within(got, oracle.moved(batch, rule, ALPHA, CLIP, precision_of(kinds, kinds[1])), rule)
+
+
+def momentum(centers, state, gradient, touched):
+    velocity = state.get("velocity", np.zeros_like(centers))
+    velocity[touched] = 0.875 * velocity[touched] + gradient[touched]
+    centers[touched] -= ALPHA * velocity[touched]
+    return {"velocity": velocity}
+
+
+def adam(centers, state, gradient, touched):
+    """Kingma and Ba, Algorithm 1, on the touched rows; the count of steps is everybody's."""
+    t, m, v = (
+        state.get("t", 0) + 1,
+        state.get("m", np.zeros_like(centers)),
+        state.get("v", np.zeros_like(centers)),
+    )
+    m[touched] = 0.9 * m[touched] + 0.1 * gradient[touched]
+    v[touched] = 0.999 * v[touched] + 0.001 * gradient[touched] ** 2
+    step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 0.5)
+    centers[touched] -= 0.125 * step[touched]
+    return {"t": t, "m": m, "v": v}
+
+
+# By hand, by optax, and how many roundings of the largest center the steps of a run may be off.
+OPTIMIZERS = {
+    "momentum": (momentum, lambda: optax.sgd(ALPHA, momentum=0.875), 64),
+    # With the usual eps of 1e-8 the step jumps where a gradient is zero in one precision and not in the other.
+    "adam": (adam, lambda: optax.adam(0.125, eps=0.5), 64),
+}
+
+
+@cache
+def rows_step(name, lead, rule):
+    del lead
+    rows = jcl.row_optimizer(OPTIMIZERS[name][1]())
+    return rows.init, jax.jit(partial(rows.update, rule=rule))
+
+
+@pytest.mark.parametrize("rule", ["paper", "gradient"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_steps_by_rows(shape, name, rule, data):
+    by_hand, _, roundings = OPTIMIZERS[name]
+    kinds = ("float32", "float32")
+    first = data.draw(batches(shape, kinds))
+    with jax.numpy_dtype_promotion("standard"):
+        init, update = rows_step(name, shape[0], rule)
+        params = jnp.asarray(first.centers)
+        state, centers, own = init(params), np.float64(first.centers), {}
+        scale = np.abs(centers).max()
+        for batch in (first, *data.draw(st.lists(batches(shape, kinds), min_size=1, max_size=3))):
+            _, x, labels, where = shaped(batch, shape[0])
+            # From where the oracle's centers are, which have not been rounded.
+            batch = batch._replace(centers=centers)
+            params, state = update(params, state, x, labels, where=where)
+            step, _ = oracle.directions(batch, rule, CLIP)
+            own = by_hand(centers, own, -step, np.unique(batch.labels[batch.used]))
+            scale = max(scale, np.abs(batch.x).max(), np.abs(centers).max())
+    np.testing.assert_allclose(params, centers, rtol=0, atol=roundings * 2.0**-24 * scale)
+
+
+@settings(max_examples=10)
+@given(data=st.data())
+def test_any_shape(data):
+    lead = tuple(data.draw(st.lists(st.integers(0, 4), max_size=3)))
+    shape = lead, data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    batch = data.draw(batches(shape, ("float32", "float32")))
+    c, x, y, w = shaped(batch, lead)
+    precision = precision_of(("float32",))
+    assert_within(jcl.center_loss(c, x, y, where=w), oracle.loss(batch, "mean", CLIP, precision), "mean")
+    moved = jcl.update_centers(c, x, y, where=w, alpha=ALPHA)
+    assert_within(moved, oracle.moved(batch, "paper", ALPHA, CLIP, precision), "paper")
