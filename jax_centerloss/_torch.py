@@ -124,8 +124,8 @@ def _pickled(path: str, key: str, size: int) -> Any:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # PyTorch's own words advise to load everything.
         raise ValueError(
-            "it holds no PyTorch file, or more than tensors, which could run code and is not read. A model is "
-            "saved as tensors by `torch.save(module.state_dict(), path)`"
+            "it holds no PyTorch file, or more than tensors, which could run code and is not read. Save "
+            "the tensors alone by `torch.save(module.state_dict(), path)`"
         ) from error
     value = state.get(key) if isinstance(state, Mapping) else None
     if isinstance(value, torch.Tensor) and value.nbytes > value.untyped_storage().nbytes():
@@ -137,8 +137,9 @@ def _safetensors(path: str, key: str) -> Any:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
-        # The others are only described: they may be large, or of a dtype that NumPy has not.
-        return {n: file.get_tensor(n) if n == key else _Described(file, n) for n in file.keys()}  # noqa: SIM118
+        # The others are described only: they may be large, or of a dtype that NumPy has not.
+        names = file.keys()
+        return {name: file.get_tensor(name) if name == key else _Described(file, name) for name in names}
 
 
 class _Described:

@@ -51,6 +51,7 @@ def saved(request, tmp_path_factory):
     return request.param, directory, numbers, jax.tree.map(np.array, trained(tree, 5, 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [8, 2, 1])
 def test_another_mesh_has_the_same_values_and_goes_on(saved, devices):
     kind, directory, numbers, later = saved
@@ -89,6 +90,7 @@ def stop_in_a_save(process, directory):
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(tmp_path):
     seed = int.from_bytes(os.urandom(4), "big")
     rng = np.random.default_rng(seed)

@@ -44,6 +44,7 @@ def flags(folder, *more):
     ]
 
 
+@pytest.mark.slow
 def test_learns_and_compacts(folder, capsys):
     results = mnist.main(flags(folder, "--epochs", "5"))
     (softmax,), (center,) = results[0.0], results[0.1]
@@ -58,6 +59,7 @@ def test_learns_and_compacts(folder, capsys):
     assert "| λ = 0.1 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_was_stopped(folder, monkeypatch, capsys):
     command = flags(folder, "--epochs", "3", "--images", "256", "--lams", "0.1", "--centers", "optax")
     whole = mnist.main([*command, "--out", str(folder / "other")])
@@ -191,6 +193,7 @@ def test_batch_above_the_data(folder):
         mnist.main(flags(folder, "--images", "32"))
 
 
+@pytest.mark.slow
 def test_divergence_is_named(folder):
     with pytest.raises(SystemExit, match=r"λ = 0, seed 0: the loss is not finite"):
         mnist.main(flags(folder, "--lr", "1000", "--epochs", "2", "--images", "256"))

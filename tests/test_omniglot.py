@@ -42,6 +42,7 @@ def folder(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 def test_learns_and_verifies(folder, tmp_path, capsys):
     flags = ["--batch-size", "32", "--epochs", "6", "--warmup", "0", "--seeds", "1", "--lr", "0.05"]
     if REAL:

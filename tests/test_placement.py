@@ -95,6 +95,7 @@ def test_equals_one_device_and_travel_does_not_grow_with_the_classes(placement, 
 TWO_AXES = [p for p in PLACEMENTS if p.classes == "classes" and p.samples == "data" and not p.context]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("placement", TWO_AXES, ids=str)
 def test_outside_of_jit(placement, name, single):
@@ -108,6 +109,7 @@ def test_outside_of_jit(placement, name, single):
         assert_stays(result, placement, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("placed", [("table", "table state"), ("x", "labels", "where")], ids=str)
 @pytest.mark.parametrize("placement", TWO_AXES, ids=str)
@@ -131,6 +133,7 @@ ODD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", ["Explicit", "mixed"])
 @pytest.mark.parametrize("odd", ODD)
 def test_odd_placements(odd, kinds, single):
@@ -232,6 +235,7 @@ def test_inside_shard_map(kind, single):
         assert small == large
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", TWO_AXES, ids=str)
 def test_one_program_serves_a_ragged_batch(placement):
     given = arguments()
@@ -256,6 +260,7 @@ def test_one_program_serves_a_ragged_batch(placement):
     assert traced == list(steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", TWO_AXES, ids=str)
 def test_leading_dimensions_of_a_sequence(placement):
     given = arguments()

@@ -44,6 +44,7 @@ def folder(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 def test_learns_and_compacts(folder, tmp_path, capsys):
     flags = ["--seeds", "1", "--lams", "0", "0.1", "--out", str(tmp_path)]
     if REAL:

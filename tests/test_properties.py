@@ -177,7 +177,7 @@ def adam(centers, state, gradient, touched):
 # By hand, by optax, and how many roundings of the largest center the steps of a run may be off.
 OPTIMIZERS = {
     "momentum": (momentum, lambda: optax.sgd(ALPHA, momentum=0.875), 64),
-    # With the usual eps of 1e-8 the step jumps where a gradient is zero in one precision and not in the other.
+    # With the usual eps of 1e-8 the step jumps where a gradient is zero in one of the precisions only.
     "adam": (adam, lambda: optax.adam(0.125, eps=0.5), 64),
 }
 
@@ -192,7 +192,7 @@ def rows_step(name, lead, rule):
 @pytest.mark.parametrize("rule", ["paper", "gradient"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_steps_by_rows(shape, name, rule, data):
     by_hand, _, roundings = OPTIMIZERS[name]
@@ -214,7 +214,7 @@ def test_steps_by_rows(shape, name, rule, data):
     np.testing.assert_allclose(params, centers, rtol=0, atol=roundings * 2.0**-24 * scale)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_any_shape(data):
     lead = tuple(data.draw(st.lists(st.integers(0, 4), max_size=3)))

@@ -101,7 +101,7 @@ def test_clean_and_the_same(setting, arguments, usual):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), SETTINGS[setting]():
         given = tuple(jnp.asarray(a) for a in arguments)
         found = [jax.jit(everything)(*given)]
-        if setting in ("debug_nans", "no promotion"):  # Outside of jit too.
+        if setting == "debug_nans":  # Outside of jit too.
             found.append(everything(*given))
     for result in found:
         chex.assert_trees_all_equal_dtypes(result, usual)
