@@ -6,28 +6,37 @@ an error under `remat` in JAX 0.7. Here the check sits in the jaxpr of a call wi
 `checkify` opens as it opens every call, and all else reads as the identity.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import checkify
-from jax.extend.core import Primitive
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 
+Check = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
-def debug_check(value: jax.Array, ok: jax.Array, message: str, /, **values: jax.Array) -> jax.Array:
-    """`value`, which must be used, with a `checkify` error if the scalar `ok` is false.
 
-    `values` are scalars of which the largest are shown in `message` where a batch of checks fails.
+def debug_check(value: jax.Array, message: str, check: Check, *arrays: jax.Array) -> jax.Array:
+    """`value`, which must be used, with a `checkify` error of that message if a check fails.
+
+    `check(*arrays)` returns whether all is well, a scalar, and the scalars that `message` shows; it runs
+    nowhere else. It has to be a function of a module, or every call would trace it anew.
     """
+    args = tuple(jax.lax.stop_gradient(a) for a in (value, *arrays))
+    result: jax.Array = _check.bind(*args, call_jaxpr=_traced(message, check, *map(jax.typeof, args)))[0]
+    return result
 
-    def checked(value: jax.Array, ok: jax.Array, *shown: jax.Array) -> jax.Array:
-        checkify.debug_check(ok, message, **dict(zip(values, shown, strict=True)))
+
+@functools.lru_cache(maxsize=512)
+def _traced(message: str, check: Check, *types: Any) -> ClosedJaxpr:
+    def checked(value: jax.Array, *arrays: jax.Array) -> jax.Array:
+        ok, shown = check(*arrays)
+        checkify.debug_check(ok, message, **shown)
         return value
 
-    args = (value, ok, *values.values())
-    result: jax.Array = _check.bind(*args, call_jaxpr=jax.make_jaxpr(checked)(*args))[0]
-    return result
+    return jax.make_jaxpr(checked)(*types)
 
 
 class _Check(Primitive):
@@ -46,14 +55,18 @@ def _first(value: Any, *_: Any, **__: Any) -> list[Any]:
     return [value]
 
 
-def _batched(args: Any, dims: Any, *, call_jaxpr: Any) -> Any:
-    def one(arg: jax.Array, dim: int | None, reduce: Any) -> jax.Array:
-        return arg if dim is None else reduce(arg, axis=dim)
+@functools.lru_cache(maxsize=512)
+def _mapped(call_jaxpr: ClosedJaxpr, dims: tuple[int | None, ...], *types: Any) -> ClosedJaxpr:
+    def checked(*args: jax.Array) -> jax.Array:
+        jax.vmap(jaxpr_as_fun(call_jaxpr), in_axes=dims)(*args)
+        return args[0]
 
-    value, ok, *shown = args
-    ok = one(ok, dims[1], jnp.all)
-    shown = [one(a, dim, jnp.max) for a, dim in zip(shown, dims[2:], strict=True)]
-    return _check.bind(value, ok, *shown, call_jaxpr=call_jaxpr), dims[:1]
+    return jax.make_jaxpr(checked)(*types)
+
+
+def _batched(args: Any, dims: Any, *, call_jaxpr: Any) -> Any:
+    mapped = _mapped(call_jaxpr, tuple(dims), *map(jax.typeof, args))
+    return _check.bind(*args, call_jaxpr=mapped), dims[:1]
 
 
 _check: Any = _Check("centerloss_check")

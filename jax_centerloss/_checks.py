@@ -1,5 +1,6 @@
 """What is accepted, and the words of each error. Nothing here costs anything at run time under `jit`."""
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -8,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_centerloss import _placement
-from jax_centerloss._checkify import debug_check
+from jax_centerloss._checkify import Check, debug_check
 
 Clip = tuple[float, float] | None
 ReduceFn = Callable[..., Any] | None
@@ -140,7 +140,10 @@ def batch(
             raise ValueError(f"where must have the shape of labels {labels.shape}, got {mask.shape}.")
         used = used & _placement.along(x, mask)
     labels = _labels_in_range(given, where, labels, used, centers.shape[0])
-    return x, _features_finite(x, labels, used), used
+    if not (_concrete(x) and _concrete(centers)):  # Else it shows in the result, and no one looks here.
+        message = "a feature of a used sample, of class {label}, is {value}"
+        labels = debug_check(labels, message, _finite, labels, used, x)
+    return x, labels, used
 
 
 def _labels_in_range(
@@ -158,28 +161,29 @@ def _labels_in_range(
                 f"to {num_classes - 1}; negative ones are ignored."
             )
         return labels
-    bad = used & (labels >= num_classes)
-    return debug_check(
-        labels,
-        jnp.logical_not(jnp.any(bad)),
-        f"label {{label}} is out of range for {num_classes} classes",
-        label=jnp.max(jnp.where(bad, labels, jnp.zeros((), labels.dtype)), initial=0),
-    )
+    message = f"label {{label}} is out of range for {num_classes} classes"
+    return debug_check(labels, message, _below(num_classes), labels, used)
 
 
-def _features_finite(x: jax.Array, labels: jax.Array, used: jax.Array) -> jax.Array:
-    """The labels, with an error under `checkify` if a used sample of `x` is NaN or infinite."""
-    if _concrete(x):  # Outside of any program, where it would cost: it shows in the result.
-        return labels
-    x = lax.stop_gradient(x)
+@functools.cache
+def _below(num_classes: int) -> Check:
+    def below(labels: jax.Array, used: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        bad = used & (labels >= num_classes)
+        return jnp.logical_not(jnp.any(bad)), {"label": _greatest(labels, bad)}
+
+    return below
+
+
+def _finite(labels: jax.Array, used: jax.Array, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     bad = used[..., None] & jnp.logical_not(jnp.isfinite(x))
-    return debug_check(
-        labels,
-        jnp.logical_not(jnp.any(bad)),
-        "a feature of a used sample, of class {label}, is {value}",
-        label=jnp.max(jnp.where(jnp.any(bad, -1), labels, jnp.zeros((), labels.dtype)), initial=0),
-        value=jnp.max(jnp.where(bad, x, jnp.full((), -jnp.inf, x.dtype)), initial=-jnp.inf),
-    )
+    label = _greatest(labels, jnp.any(bad, axis=-1))
+    # By a sum: the greatest of several devices' numbers is no NaN.
+    value = jnp.sum(jnp.where(bad & (labels == label)[..., None], x, jnp.zeros((), x.dtype)))
+    return jnp.logical_not(jnp.any(bad)), {"label": label, "value": value}
+
+
+def _greatest(labels: jax.Array, where: jax.Array) -> jax.Array:
+    return jnp.max(jnp.where(where, labels, jnp.zeros((), labels.dtype)), initial=0)
 
 
 def _concrete(value: ArrayLike | None) -> bool:

@@ -114,7 +114,7 @@ def whole(mesh: AbstractMesh | None, array: jax.Array) -> jax.Array:
     makes one table for each part of them, and adds the tables up.
     """
     if mesh is None:
-        if jax.device_count() == 1 or not array.ndim:
+        if jax.device_count() == 1:
             return array
         # The program may still run on many devices, which are not known yet. What is read at indices that
         # are the same everywhere, and that XLA can't see through, is whole everywhere.

@@ -1,8 +1,6 @@
 """Centers from and to PyTorch."""
 
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_centerloss import _checks
+from jax_centerloss import _checks, _torch_file
 
 _SHOWN = 50  # Tensors that an error lists.
 
@@ -22,8 +20,8 @@ def from_torch(source: Source, *, key: str = "centers") -> dict[str, jax.Array]:
 
     Args:
       source: a mapping such as `module.state_dict()` (tensors or arrays), or the path of a file: `.pt` or
-        `.pth`, loaded weights-only so that no code in it runs (needs torch), or `.safetensors` (needs
-        safetensors, not torch).
+        `.pth` as PyTorch writes it since 1.6, of which only tensors are read, so that no code in it runs, or
+        `.safetensors` (needs safetensors). Neither needs torch.
       key: the name of the centers in it; `"center_loss.centers"` for a submodule, say.
 
     Returns:
@@ -33,7 +31,7 @@ def from_torch(source: Source, *, key: str = "centers") -> dict[str, jax.Array]:
     Raises:
       KeyError: if `key` is not there; the message lists what is.
       ValueError: if the tensor is not a `(C, D)` table, the file's name has another ending, or the file is
-        broken or holds anything but tensors.
+        broken or forged.
       TypeError: if the tensor is not floating point, or `source` is neither a mapping nor a path.
 
     Example:
@@ -43,7 +41,7 @@ def from_torch(source: Source, *, key: str = "centers") -> dict[str, jax.Array]:
       (10, 2)
     """
     if isinstance(source, str | os.PathLike):
-        source = _load(os.fspath(source), key)
+        source = _torch_file.load(os.fspath(source), key)
     if not isinstance(source, Mapping):
         raise TypeError(
             f"source must be a mapping or the path of a file, got {type(source).__name__}. For a module pass "
@@ -97,61 +95,8 @@ def to_torch(params: Any) -> dict[str, Any]:
     return {"centers": tensor.bfloat16() if centers.dtype == jnp.bfloat16 else tensor}
 
 
-def _load(path: str, key: str) -> Any:
-    """The tensors of a file, which is not trusted: it runs no code and takes no more memory than its size."""
-    ending = os.path.splitext(path)[1].lower()
-    if ending not in (".pt", ".pth", ".safetensors"):
-        raise ValueError(f"the file must end in .pt, .pth or .safetensors, got {path!r}.")
-    size = os.stat(path).st_size  # One that is not there raises as it does everywhere.
-    try:
-        return _safetensors(path, key) if ending == ".safetensors" else _pickled(path, key, size)
-    except ImportError:
-        raise
-    except Exception as error:  # Torn and forged files make the readers fail in every way there is.
-        reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"{path!r} can't be read: {type(error).__name__}: {reason}") from error
-
-
-def _pickled(path: str, key: str, size: int) -> Any:
-    import torch
-
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            # PyTorch compresses nothing.
-            if sum(member.file_size for member in archive.infolist()) > size:
-                raise ValueError("it unpacks to more than its size")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # PyTorch's own words advise to load everything.
-        raise ValueError(
-            "it holds no PyTorch file, or more than tensors, which could run code and is not read. Save "
-            "the tensors alone by `torch.save(module.state_dict(), path)`"
-        ) from error
-    value = state.get(key) if isinstance(state, Mapping) else None
-    if isinstance(value, torch.Tensor) and value.nbytes > value.untyped_storage().nbytes():
-        raise ValueError(f"{key!r} of shape {tuple(value.shape)} is larger than what is stored of it")
-    return state
-
-
-def _safetensors(path: str, key: str) -> Any:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        # The others are described only: they may be large, or of a dtype that NumPy has not.
-        names = file.keys()
-        return {name: file.get_tensor(name) if name == key else _Described(file, name) for name in names}
-
-
-class _Described:
-    """Shape and dtype of a tensor that was not read."""
-
-    def __init__(self, file: Any, name: str) -> None:
-        part = file.get_slice(name)
-        self.shape, self.dtype = part.get_shape(), part.get_dtype()
-
-
 def _describe(name: str, value: Any) -> str:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    if hasattr(value, "dtype"):
         return f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return f"{name} ({type(value).__name__})"
 

@@ -37,9 +37,9 @@ class Precision(NamedTuple):
 
     def bounded(self, value: np.ndarray, roundings: int, terms: np.ndarray) -> Bounded:
         """`terms` are rounded so often, and the sum of them is stored once."""
-        # A hundredth for roundings of roundings; what underflows on the way is far below the terms.
-        bound = 1.01 * roundings * self.unit * np.abs(terms) + self.stored * np.abs(value) + self.tiny + 1e-37
-        return Bounded(value, bound)
+        k = roundings * self.unit
+        # What underflows on the way is off by 1e-37 at most.
+        return Bounded(value, k / (1 - k) * np.abs(terms) + self.stored * np.abs(value) + self.tiny + 1e-37)
 
 
 class Batch(NamedTuple):
@@ -112,6 +112,6 @@ def moved(batch: Batch, rule: str, alpha: float, clip: tuple[float, float], prec
     """Centers after a step: rows of classes that are not in the batch may not differ at all."""
     step, sizes = directions(batch, rule, clip)
     value = np.float64(batch.centers) + alpha * step
-    bounded = precision.bounded(value, len(batch.used) + 6, alpha * sizes + np.abs(value))
+    bounded = precision.bounded(value, len(batch.used) + 8, alpha * sizes + np.abs(value))
     touched = np.isin(np.arange(len(value)), batch.labels[batch.used])
     return Bounded(value, np.where(touched[:, None], bounded.bound, 0))

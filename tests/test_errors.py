@@ -97,6 +97,15 @@ def test_maps(function):
         function(TABLE, X.astype(np.int32))
 
 
+def test_the_leaves_of_another_tree_are_named():
+    with pytest.raises(ValueError, match=r"got 2 leaves: \['a'\], \['b'\]\. Pass"):
+        jcl.center_loss({"a": TABLE, "b": TABLE}, X, Y)
+    with pytest.raises(ValueError, match=r"got 0 leaves: none\. Pass"):
+        jcl.center_loss({}, X, Y)
+    with pytest.raises(ValueError, match=r"got 9 leaves: \[0\], .*, \[7\], \.\.\.\. Pass"):
+        jcl.center_loss([TABLE] * 9, X, Y)
+
+
 def test_a_module_that_holds_no_array_is_named():
     with pytest.raises(TypeError, match=r"got CenterLoss\. A Linen module holds none"):
         jcl.center_loss(jcl.linen.CenterLoss(4, 3), X, Y)
@@ -150,6 +159,40 @@ def test_checkify_names_a_feature_that_is_no_number(function, wrap, bad):
     check(TABLE, jnp.zeros((4, 3)), labels)[0].throw()
 
 
+def test_checkify_shows_a_label_and_a_value_of_one_class_also_of_features_that_are_closed_over():
+    x, labels = jnp.zeros((3, 3)).at[0, 1].set(jnp.inf).at[1, 2].set(-jnp.inf), jnp.array([1, 3, 0])
+    error, _ = checkify.checkify(jax.jit(lambda c: jcl.center_loss(c, x, labels)))(TABLE)
+    assert "of class 3, is -inf" in error.get()
+
+
+@pytest.mark.parametrize("function", BATCH_FUNCTIONS)
+def test_outside_of_jit_the_checks_run_nowhere(function, monkeypatch):
+    x, labels = jnp.zeros((2, 5, 3)), jnp.zeros((2, 5), jnp.int32)
+
+    def call():
+        jax.vmap(function, (None, 0, 0))(TABLE, x, labels)
+        jax.jvp(lambda x: function(TABLE, x, labels[0]), (x[0],), (x[0],))
+
+    call()
+    traced = []
+    monkeypatch.setattr("jax_centerloss._checkify.checkify.debug_check", lambda *_, **__: traced.append(1))
+    call()
+    assert not traced
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+def test_checkify_names_what_one_of_several_devices_holds(kind, bad):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x, labels = jnp.zeros((16, 3)).at[3, 2].set(float(bad)), jnp.arange(16) % 4
+    for function in BATCH_FUNCTIONS:
+        error, _ = checkify.checkify(jax.jit(function))(TABLE, *jax.device_put((x, labels), split))
+        assert f"of class 3, is {bad} " in error.get()
+        error, _ = checkify.checkify(jax.jit(function))(TABLE, *jax.device_put((x, labels * 5), split))
+        assert "label 15 is out of range" in error.get()
+
+
 def test_checkify_of_gradients_and_metrics():
     x, labels = jnp.zeros((2, 3)).at[1, 2].set(jnp.nan), jnp.array([0, 2])
     for function in (jax.grad(jcl.center_loss, (0, 1)), jax.hessian(jcl.center_loss), jcl.center_metrics):
@@ -166,7 +209,7 @@ def test_the_checks_cost_nothing_where_no_one_looks(function):
         return program.cost_analysis()["flops"], program.memory_analysis().temp_size_in_bytes
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jax_centerloss._checks.debug_check", lambda labels, /, *_, **__: labels)
+        patch.setattr("jax_centerloss._checks.debug_check", lambda labels, *_: labels)
         want = compiled()
     assert compiled() == want
 

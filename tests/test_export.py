@@ -40,7 +40,9 @@ arguments = [arrays[f"arr_{i}"] for i in range(len(arrays))]
 for name in sys.argv[2:]:
     exported = jax.export.deserialize(open(f"{folder}/{name}.bin", "rb").read())
     assert exported.platforms == ("cpu", "cuda", "tpu")
-    np.savez(f"{folder}/{name}.npz", *jax.tree.leaves(exported.call(*arguments)))
+    for n in (1, 16, 33):
+        given = [*arguments[:-3], *(np.resize(a, (n, *a.shape[1:])) for a in arguments[-3:])]
+        np.savez(f"{folder}/{name}-{n}.npz", *jax.tree.leaves(exported.call(*given)))
 assert "jax_centerloss" not in sys.modules
 """
 
@@ -73,6 +75,11 @@ def exported(function, *shapes):
     return jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
 
 
+def assert_equal(got, want, message):
+    chex.assert_trees_all_equal_dtypes(got, want, custom_message=message)
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6, custom_message=message)
+
+
 def test_a_fresh_process_gets_the_same_numbers(tmp_path, arguments):
     centers, state, x, labels, where = arguments
     (n,) = jax.export.symbolic_shape("n")
@@ -94,11 +101,12 @@ def test_a_fresh_process_gets_the_same_numbers(tmp_path, arguments):
     command = [sys.executable, "-c", RUN, str(tmp_path), *FUNCTIONS]
     subprocess.run(command, check=True, timeout=240)
     for name, function in FUNCTIONS.items():
-        with np.load(tmp_path / f"{name}.npz") as file:
-            got = [file[f"arr_{i}"] for i in range(len(file.files))]
-        want = [np.asarray(leaf) for leaf in jax.tree.leaves(function(*arguments))]
-        chex.assert_trees_all_equal_dtypes(got, want)
-        chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6, custom_message=name)
+        for n in (1, 16, 33):
+            with np.load(tmp_path / f"{name}-{n}.npz") as file:
+                got = [file[f"arr_{i}"] for i in range(len(file.files))]
+            batch = (np.resize(a, (n, *a.shape[1:])) for a in arguments[2:])
+            want = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(function)(*arguments[:2], *batch))]
+            assert_equal(got, want, f"{name} of {n}")
 
 
 def test_a_symbolic_number_of_classes(arguments):

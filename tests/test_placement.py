@@ -189,6 +189,17 @@ def test_a_single_sample(placement):
     )
 
 
+def test_a_single_device_needs_no_whole_batch(monkeypatch):
+    def program(devices):
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
+        given = arguments()
+        jax.clear_caches()
+        return str(jax.make_jaxpr(jcl.update_centers)(given["table"], given["x"], given["labels"]))
+
+    assert "optimization_barrier" in program(8)
+    assert "optimization_barrier" not in program(1)
+
+
 def test_collectives_are_found():
     placement = Placement("Auto", (8,), ("d",), "d", "d")
     across = NamedSharding(placement.mesh, P(None, "d"))

@@ -196,3 +196,17 @@ def test_checkpoint(tmp_path, monkeypatch):
     assert {shard.data.shape for shard in space["tree"]["centers"]["centers"].addressable_shards} == {
         (128, 32)
     }
+
+
+def test_a_bad_step_is_skipped():
+    space = run(block("def careful"))
+    assert np.isnan(space["loss"])
+    np.testing.assert_array_equal(space["centers"], np.zeros((10, 2)))
+    moved, _ = space["careful"](jnp.zeros((10, 2)), jnp.ones((1, 2)), jnp.array([3]))
+    np.testing.assert_allclose(moved[3], 0.25)
+
+
+def test_an_exported_step():
+    space = run(block("exported_step"))
+    assert float(space["loss"]) == 32.0
+    np.testing.assert_allclose(space["centers"][:4], np.full((4, 32), 0.01), rtol=1e-4)

@@ -65,7 +65,6 @@ SETTINGS = {
     "leaks": jax.checking_leaks,
     "no promotion": lambda: stack(jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")),
     "x64 and no promotion": lambda: stack(enable_x64(), jax.numpy_dtype_promotion("strict")),
-    "no transfers": lambda: jax.transfer_guard_device_to_host("disallow"),
 }
 
 
@@ -101,11 +100,21 @@ def test_clean_and_the_same(setting, arguments, usual):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), SETTINGS[setting]():
         given = tuple(jnp.asarray(a) for a in arguments)
         found = [jax.jit(everything)(*given)]
-        if setting == "debug_nans":  # Outside of jit too.
+        if setting.startswith("debug"):  # Outside of jit too, where each operation is looked at.
             found.append(everything(*given))
+            jax.vmap(jcl.center_loss, (None, 0, 0))(given[0], given[1][None], given[2][None])
     for result in found:
         chex.assert_trees_all_equal_dtypes(result, usual)
         chex.assert_trees_all_close(jax.device_get(result), usual, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_row_optimizer_is_made(setting):
+    with SETTINGS[setting]():
+        rows = jcl.row_optimizer(optax.sgd(0.25, momentum=0.5))
+        centers = jnp.zeros((3, 2), jnp.float32)
+        moved, _ = rows.update(centers, rows.init(centers), jnp.ones((1, 2), jnp.float32), jnp.array([1]))
+    np.testing.assert_allclose(moved, [[0, 0], [0.5, 0.5], [0, 0]])
 
 
 @pytest.mark.parametrize("setting", ["no promotion", "leaks", "debug_nans"])

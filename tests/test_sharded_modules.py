@@ -75,6 +75,13 @@ def test_what_does_not_fit_is_refused(mesh):
         TypeError, match=r"out_sharding must be a .*PartitionSpec or NamedSharding, got 'classes'"
     ):
         init(C, D, out_sharding="classes")
+    with pytest.raises(ValueError, match=r"\('classes', None, 'data'\) has 3 entries, .* two dimensions"):
+        init(C, D, out_sharding=NamedSharding(mesh, P("classes", None, "data")))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match=r"names \['rows'\], but the mesh has axes \['data', 'classes'\]"),
+    ):
+        init(C, D, out_sharding=P("rows", None))
 
 
 def batch(mesh=None):

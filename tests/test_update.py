@@ -231,6 +231,15 @@ def test_no_stride_of_the_labels_makes_the_search_long(monkeypatch):
         assert 1 <= len(rounds) < 12
 
 
+def test_where_classes_are_fewer_than_samples_there_is_no_search():
+    for classes, searched in ((6, False), (3000, True)):
+        shapes = (
+            jax.ShapeDtypeStruct(s, t)
+            for s, t in (((classes, 2), "float32"), ((8, 2), "float32"), ((8,), "int32"))
+        )
+        assert ("while" in str(jax.make_jaxpr(jcl.update_centers)(*shapes))) == searched
+
+
 def test_an_array_of_rates_is_refused():
     for size in (2, 3):
         with pytest.raises(ValueError, match=rf"alpha must be a number.*got shape \({size},\)"):
