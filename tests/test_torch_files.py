@@ -146,7 +146,8 @@ def archive(centers, data=NUMBERS, compression=zipfile.ZIP_STORED, order=b"littl
     """As `torch.save({"centers": ...})` writes it."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as members:
-        members.writestr("model/byteorder", order)
+        if order is not None:
+            members.writestr("model/byteorder", order)
         members.writestr("model/data.pkl", b"\x80\x02}" + text(b"centers") + centers + b"s.")
         if data is not None:
             members.writestr("model/data/0", data)
@@ -240,6 +241,14 @@ def test_a_pickle_that_runs_code_does_not_run(tmp_path, monkeypatch):
         words = "TypeError: 'centers' must be a tensor; the state dict holds: centers ("
         assert message.startswith(words), (name, message)
     assert not (tmp_path / "RAN").exists()
+
+
+def test_archives_of_old_and_with_tensors_of_the_future(tmp_path):
+    (tmp_path / "model.pt").write_bytes(archive(tensor(), order=None))
+    np.testing.assert_array_equal(jcl.from_torch(tmp_path / "model.pt")["centers"], TABLE)
+    (tmp_path / "model.pt").write_bytes(archive(tensor(kind=b"PicoStorage")))
+    with pytest.raises(KeyError, match=r"holds: centers \(3, 2\) PicoStorage\. Name"):
+        jcl.from_torch(tmp_path / "model.pt", key="other")
 
 
 @pytest.mark.parametrize(
