@@ -113,6 +113,7 @@ def test_centers_step_has_no_lam(lam):
     np.testing.assert_allclose(step["centers"], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_warm_up_and_wide_features(tmp_path, capsys):
     flags = ["--quick", "--feat-dim", "3", "--centers", "optax", "--out", str(tmp_path)]
     plain = digits.main(flags)
@@ -191,6 +192,7 @@ def run_sharded(*arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.slow
 def test_sharded_splits_the_table_and_learns():
     done = run_sharded(
         "--quick", "--classes", "10000", "--feat-dim", "16", "--tail", "20", "--batch-size", "256"

@@ -24,7 +24,7 @@ FUNCTIONS = {
     "gradient": lambda c, s, x, y, w: jax.grad(jcl.center_loss, (0, 1))(c, x, y, where=w),
     "paper": lambda c, s, x, y, w: jcl.update_centers(c, x, y, where=w),
     "gradient rule": lambda c, s, x, y, w: jcl.update_centers(c, x, y, where=w, rule="gradient"),
-    "rows": lambda c, s, x, y, w: jax.tree.leaves(ROWS.update(c, ADAM(s, c), x, y, where=w)),
+    "rows": lambda c, s, x, y, w: jax.tree.leaves(ROWS.update(c, state_of(s, c), x, y, where=w)),
     "distances": lambda c, s, x, y, w: jcl.distance_map(c, x),
     "nearest": lambda c, s, x, y, w: jcl.nearest_center(c, x),
     "metrics": lambda c, s, x, y, w: jcl.center_metrics(c, x, y, where=w),
@@ -40,14 +40,14 @@ arguments = [arrays[f"arr_{i}"] for i in range(len(arrays))]
 for name in sys.argv[2:]:
     exported = jax.export.deserialize(open(f"{folder}/{name}.bin", "rb").read())
     assert exported.platforms == ("cpu", "cuda", "tpu")
-    for n in (1, 16, 33):
+    for n in (1, 33):
         given = [*arguments[:-3], *(np.resize(a, (n, *a.shape[1:])) for a in arguments[-3:])]
         np.savez(f"{folder}/{name}-{n}.npz", *jax.tree.leaves(exported.call(*given)))
 assert "jax_centerloss" not in sys.modules
 """
 
 
-def ADAM(leaves, centers):  # noqa: N802
+def state_of(leaves, centers):
     """The optimizer's state of its leaves: an exported program takes arrays."""
     return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(ROWS.init, centers)), leaves)
 
@@ -101,7 +101,7 @@ def test_a_fresh_process_gets_the_same_numbers(tmp_path, arguments):
     command = [sys.executable, "-c", RUN, str(tmp_path), *FUNCTIONS]
     subprocess.run(command, check=True, timeout=240)
     for name, function in FUNCTIONS.items():
-        for n in (1, 16, 33):
+        for n in (1, 33):
             with np.load(tmp_path / f"{name}-{n}.npz") as file:
                 got = [file[f"arr_{i}"] for i in range(len(file.files))]
             batch = (np.resize(a, (n, *a.shape[1:])) for a in arguments[2:])

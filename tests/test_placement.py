@@ -74,8 +74,20 @@ def assert_stays(result, placement, before):
         assert jax.typeof(leaf).sharding == before.sharding
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+TWO_AXES = [p for p in PLACEMENTS if p.classes == "classes" and p.samples == "data" and not p.context]
+
+
+@pytest.mark.parametrize(
+    ("name", "placement"),
+    [
+        pytest.param(
+            name, placement, marks=() if name in STEPS or placement in TWO_AXES else pytest.mark.slow
+        )
+        for name in FUNCTIONS
+        for placement in PLACEMENTS
+    ],
+    ids=str,
+)
 def test_equals_one_device_and_travel_does_not_grow_with_the_classes(placement, name, single):
     given = put(placement, arguments())
     before = jax.typeof(given[0])
@@ -90,9 +102,6 @@ def test_equals_one_device_and_travel_does_not_grow_with_the_classes(placement, 
     if name in ("paper", "adam"):
         temporaries = small.memory_analysis().temp_size_in_bytes
         assert temporaries == large.memory_analysis().temp_size_in_bytes <= 6 * N * D * 4 + 64 * 1024
-
-
-TWO_AXES = [p for p in PLACEMENTS if p.classes == "classes" and p.samples == "data" and not p.context]
 
 
 @pytest.mark.slow

@@ -80,6 +80,7 @@ def batch_of(folder, part="train", size=8):
     return pos_tagging.batches(sentences, numbers, size)[0], len(numbers) + 2
 
 
+@pytest.mark.slow
 def test_time_major_is_the_same(folder):
     batch, words = batch_of(folder)
     found = []

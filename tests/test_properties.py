@@ -216,7 +216,7 @@ def test_steps_by_rows(shape, name, rule, data):
     np.testing.assert_allclose(params, centers, rtol=0, atol=roundings * 2.0**-24 * scale)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(data=st.data())
 def test_any_shape(data):
     lead = tuple(data.draw(st.lists(st.integers(0, 4), max_size=3)))

@@ -58,8 +58,7 @@ FUNCTIONS = {
     "modules": modules,
 }
 SETTINGS = {
-    "debug_nans": lambda: jax.debug_nans(True),
-    "debug_infs": lambda: jax.debug_infs(True),
+    "debug_nans and debug_infs": lambda: stack(jax.debug_nans(True), jax.debug_infs(True)),
     "x64": enable_x64,
     "disable_jit": jax.disable_jit,
     "leaks": jax.checking_leaks,
@@ -117,7 +116,7 @@ def test_a_row_optimizer_is_made(setting):
     np.testing.assert_allclose(moved, [[0, 0], [0.5, 0.5], [0, 0]])
 
 
-@pytest.mark.parametrize("setting", ["no promotion", "leaks", "debug_nans"])
+@pytest.mark.parametrize("setting", ["no promotion", "leaks", "debug_nans and debug_infs"])
 def test_class_means(setting, arguments):
     centers, x, labels, _ = arguments
     with SETTINGS[setting](), pytest.warns(UserWarning, match="never seen"):
