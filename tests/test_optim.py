@@ -1,5 +1,7 @@
 """Which leaves are centers, and what moves them."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +106,17 @@ def test_a_model_without_centers_is_an_error():
         jcl.with_center_optimizer(optax.sgd(0.1)).init({"dense": {"kernel": ones(2)}})
     with pytest.raises(ValueError, match="picked by select"):
         jcl.with_center_optimizer(optax.sgd(0.1), select=lambda path, leaf: False).init(TREES["plain"])
+    with pytest.raises(ValueError, match="this model has no parameters"):
+        jcl.with_center_optimizer(optax.sgd(0.1)).init({})
+
+
+@pytest.mark.parametrize("half", ["init", "update"])
+def test_half_a_transformation_is_none(half):
+    given = SimpleNamespace(**{half: lambda *_: None})
+    with pytest.raises(TypeError, match="tx must be an optax transformation"):
+        jcl.with_center_optimizer(given)
+    with pytest.raises(TypeError, match="tx must be an optax transformation"):
+        jcl.row_optimizer(given)
 
 
 @pytest.mark.parametrize(
