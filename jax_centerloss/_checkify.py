@@ -22,7 +22,7 @@ def debug_check(value: jax.Array, message: str, check: Check, *arrays: jax.Array
     """`value`, which must be used, with a `checkify` error of that message if a check fails.
 
     `check(*arrays)` returns whether all is well, a scalar, and the scalars that `message` shows; it runs
-    nowhere else. It has to be a function of a module, or every call would trace it anew.
+    nowhere else. It has to be the same object in every call, or each would trace it anew.
     """
     args = tuple(jax.lax.stop_gradient(a) for a in (value, *arrays))
     result: jax.Array = _check.bind(*args, call_jaxpr=_traced(message, check, *map(jax.typeof, args)))[0]

@@ -46,19 +46,15 @@ def _safetensors(path: str, key: str) -> Any:
 
     with safe_open(path, framework="numpy") as file:
         names = file.keys()
-        return {name: file.get_tensor(name) if name == key else _described(file, name) for name in names}
+        return {name: file.get_tensor(name) if name == key else _Described(file, name) for name in names}
 
 
-class Described(NamedTuple):
-    """A tensor that was not read: it may be large, or of a dtype that NumPy has not."""
+class _Described:
+    """Shape and dtype of a tensor that was not read: it may be large, or of a dtype that NumPy has not."""
 
-    shape: tuple[int, ...]
-    dtype: Any
-
-
-def _described(file: Any, name: str) -> Described:
-    part = file.get_slice(name)
-    return Described(part.get_shape(), part.get_dtype())
+    def __init__(self, file: Any, name: str) -> None:
+        part = file.get_slice(name)
+        self.shape, self.dtype = part.get_shape(), part.get_dtype()
 
 
 def _archive(path: str, key: str) -> Any:

@@ -27,13 +27,10 @@ class Precision(NamedTuple):
     def of(cls, compute: type, storage: type | None = None) -> "Precision":
         from ml_dtypes import finfo
 
+        unit = float(finfo(compute).eps) / 2
         if storage is None or storage == compute:
-            return cls(float(finfo(compute).eps) / 2)
-        return cls(
-            float(finfo(compute).eps) / 2,
-            float(finfo(storage).eps) / 2,
-            float(finfo(storage).smallest_subnormal),
-        )
+            return cls(unit)
+        return cls(unit, float(finfo(storage).eps) / 2, float(finfo(storage).smallest_subnormal))
 
     def bounded(self, value: np.ndarray, roundings: int, terms: np.ndarray) -> Bounded:
         """`terms` are rounded so often, and the sum of them is stored once."""

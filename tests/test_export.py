@@ -83,19 +83,12 @@ def assert_equal(got, want, message):
 def test_a_fresh_process_gets_the_same_numbers(tmp_path, arguments):
     centers, state, x, labels, where = arguments
     (n,) = jax.export.symbolic_shape("n")
-    shapes = (
-        shape(centers),
-        [shape(leaf) for leaf in state],
-        shape(x, n, D),
-        shape(labels, n),
-        shape(where, n),
-    )
+    given = shape(centers), *map(shape, state), shape(x, n, D), shape(labels, n), shape(where, n)
     for name, function in FUNCTIONS.items():
 
         def flat(c, *rest, function=function):
             return function(c, list(rest[:-3]), *rest[-3:])
 
-        given = shapes[0], *shapes[1], *shapes[2:]
         (tmp_path / f"{name}.bin").write_bytes(exported(flat, *given).serialize())
     np.savez(tmp_path / "arguments.npz", centers, *state, x, labels, where)
     command = [sys.executable, "-c", RUN, str(tmp_path), *FUNCTIONS]
