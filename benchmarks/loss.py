@@ -8,13 +8,12 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import torch
+from timing import alternate
 
 import jax_centerloss
 
@@ -23,21 +22,6 @@ from reference import CenterLoss
 
 # N, C, D, and how many times faster than the reference it has to be.
 CELLS = [(256, 10_000, 512, 20), (256, 10, 128, 2), (1024, 10_000, 128, None)]
-
-
-def alternate(calls: list[Callable[[], object]], seconds: float) -> list[float]:
-    """Median time of each call, taken in turn so that a busy machine slows them alike."""
-    for call in calls:
-        for _ in range(3):
-            call()
-    times: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for call, kept in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            kept.append(time.perf_counter() - start)
-    return [statistics.median(kept) for kept in times]
 
 
 def speed(n: int, c: int, d: int, seconds: float) -> list[float]:

@@ -3,10 +3,8 @@
 import argparse
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from scipy import stats
+from scipy import linalg, stats
 from tqdm import tqdm
 
 import jax_centerloss
@@ -63,11 +61,21 @@ def number(kind: type, low: float, *, open_end: bool = False) -> Callable[[str],
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, *, warmup: int, batch_size: int, seeds: int, lr: float, quick: str
+    parser: argparse.ArgumentParser,
+    *,
+    warmup: int | None,
+    batch_size: int,
+    seeds: int,
+    lr: float,
+    quick: str,
 ) -> None:
-    """The flags of every example that trains, with these defaults; `quick` is what --quick sets."""
+    """The flags of every example that trains, with these defaults; `quick` is what --quick sets.
+
+    Without a `warmup`, λ has its full weight from the start.
+    """
     add = parser.add_argument
-    add("--warmup", type=number(int, 0), default=warmup, help="epochs over which λ rises linearly")
+    if warmup is not None:
+        add("--warmup", type=number(int, 0), default=warmup, help="epochs over which λ rises linearly")
     add("--alpha", type=number(float, 0), default=0.5, help="rate of the centers, whatever λ is")
     add("--batch-size", type=number(int, 1), default=batch_size, help="samples per step")
     add("--seeds", type=number(int, 1), default=seeds, help="runs of each kind, with seeds 0, 1, ...")
@@ -90,10 +98,14 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         args.seeds, args.warmup = 1, min(args.warmup, args.epochs)
     if args.warmup > args.epochs:
         parser.error(f"argument --warmup: {args.warmup} is above the {args.epochs} epochs")
+    make_folder(parser, args.out)
+
+
+def make_folder(parser: argparse.ArgumentParser, out: Path) -> None:
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"argument --out: can't make the folder {args.out}: {error.strerror}")
+        parser.error(f"argument --out: can't make the folder {out}: {error.strerror}")
 
 
 def download(url: str, known_hash: str) -> Path:
@@ -112,20 +124,6 @@ def download(url: str, known_hash: str) -> Path:
 def progress(total: int, unit: str) -> tqdm:
     pause = 0.1 if sys.stderr.isatty() else 5  # A log should not fill with bars.
     return tqdm(total=total, unit=unit, mininterval=pause)
-
-
-@contextmanager
-def stopped_by_hand(advice: str = "") -> Iterator[None]:
-    """Ends the program on Ctrl-C with a line instead of a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        # What still runs on the devices must not outlive the interpreter: it would crash. The step whose call
-        # was interrupted left no array to wait for.
-        jax.block_until_ready(jax.live_arrays())
-        time.sleep(1)
-        print(f"\nStopped before the end.{advice}", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def say_if_quick(args: argparse.Namespace) -> None:
@@ -188,7 +186,7 @@ def compactness(
 
 
 def compactness_table(arms: dict[str, list[dict[str, float]]]) -> str:
-    """A line for each arm, mean ± standard deviation over the seeds, and what each column means."""
+    """A line for each arm, its numbers by `spread` over the seeds, and what each column means."""
     rows = [
         [arm, *(spread([run[name] for run in runs], digits) for name, (*_, digits) in COMPACTNESS.items())]
         for arm, runs in arms.items()
@@ -210,8 +208,13 @@ def make_optimizer(
     return optax.with_extra_args_support(tx)
 
 
+def over_seeds(count: int) -> str:
+    """What `spread` shows of so many seeds."""
+    return f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed"
+
+
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation over the seeds (of the sample, with n - 1)."""
+    """Mean ± standard deviation over the seeds (of the sample, with n - 1); of one seed its value."""
     text = f"{np.mean(values):.{digits}f}"
     return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
 
@@ -252,27 +255,48 @@ class Plane:
     previous: Any = None
 
 
+def alike(planes: Sequence[Plane]) -> list[Plane]:
+    """The planes, turned and mirrored so that their samples, the same in all, lie as in the first.
+
+    Main directions have no sign of their own, and two of about the same variance have no order either.
+    """
+
+    def turned(plane: Plane) -> Plane:
+        turn, _ = linalg.orthogonal_procrustes(plane.features, planes[0].features)
+        centers, previous = jax.tree.map(lambda table: table @ turn, (plane.centers, plane.previous))
+        return replace(plane, centers=centers, features=plane.features @ turn, previous=previous)
+
+    return [turned(plane) for plane in planes]
+
+
 def draw_planes(
     path: Path,
     title: str,
     planes: Sequence[Plane],
     names: Sequence[str],
-    axis_names: tuple[str, str] = ("feature 1", "feature 2"),
+    *,
+    main_directions: bool = False,
 ) -> None:
-    """Feature planes side by side, each on its own scale, and one legend with the names of the classes."""
+    """Feature planes side by side, each on its own scale, and one legend with the names of the classes.
+
+    With `main_directions` they are projections of the same samples, and are made to lie `alike`.
+    """
+    planes = alike(planes) if main_directions else planes
     figure = new_figure(5 * len(planes) + 1, 5.5)
     axes = figure.subplots(1, len(planes), squeeze=False)[0]
     handles: dict[int, Any] = {}
     for axis, plane in zip(axes, planes, strict=True):
         jax_centerloss.plot(plane.centers, plane.features, plane.labels, previous=plane.previous, ax=axis)
-        axis.set(title=plane.title, xlabel=axis_names[0], ylabel=axis_names[1])
+        axis.set(title=plane.title)
+        if main_directions:
+            axis.set(xlabel="main directions, turned as in the first panel", ylabel="")
         if legend := axis.get_legend():
             numbers = [int(text.get_text()) for text in legend.get_texts()]
             handles |= zip(numbers, legend.legend_handles, strict=True)
             legend.remove()
     shown = sorted(handles)
     figure.legend([handles[j] for j in shown], [names[j] for j in shown], loc="outside right center")
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     figure.savefig(path, dpi=100)
 
 

@@ -50,7 +50,7 @@ import os
 import tempfile
 from pathlib import Path
 
-places = [Path("."), Path("examples"), Path("jax-centerloss/examples")]
+places = [Path(sys.path[0]), Path("."), Path("examples"), Path("jax-centerloss/examples")]
 if not any((place / "digits.py").exists() for place in places):
     repository = "https://github.com/jax-centerloss/jax-centerloss"
     subprocess.run(["git", "clone", "-q", "--depth", "1", repository], check=True)
@@ -67,10 +67,10 @@ quick = ["--quick"] if short else []
 # A network with two features, with softmax alone and with center loss. Centers move by the paper's own rule.
 
 # %%
-from IPython.display import Image
+from PIL import Image
 
-by_rule = digits.main(["--out", out, *quick])
-Image(filename=by_rule["picture"])
+by_rule = digits.main(["--out", f"{out}/by_rule", *quick])
+Image.open(by_rule["picture"])
 
 # %% [markdown]
 # ## The other way to move centers
@@ -78,8 +78,8 @@ Image(filename=by_rule["picture"])
 # As parameters of the model, by a chain of optax that is their own: `jax_centerloss.with_center_optimizer`.
 
 # %%
-by_optax = digits.main(["--out", out, "--centers", "optax", *quick])
-Image(filename=by_optax["picture"])
+by_optax = digits.main(["--out", f"{out}/by_optax", "--centers", "optax", *quick])
+Image.open(by_optax["picture"])
 
 # %% [markdown]
 # ## Do they move?
@@ -104,6 +104,8 @@ for _ in range(3):
     metrics = jax_centerloss.center_metrics(params, x, labels, previous=start)
     print({name: round(float(value), 2) for name, value in metrics.items()})
 ax = jax_centerloss.plot(params, x, labels, previous=start)
+ax.figure.savefig(Path(out) / "moves.png")  # A notebook shows it below, as the pictures above.
+print(f"The way of the centers: {out}/moves.png")
 
 # %% [markdown]
 # ## Centers from PyTorch
@@ -141,7 +143,8 @@ print("here:                   ", jax_centerloss.center_loss(params, x, labels))
 omniglot = importlib.import_module("omniglot")
 
 images = np.pad(np.kron(data.images * 15.9375, np.ones((3, 3))), ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
-everything = omniglot.Drawings(images, data.target.astype(np.int32), np.zeros(len(images), np.int32))
+unused = np.zeros(len(images), np.int32)  # Digits have no alphabets, and their writers are not known.
+everything = omniglot.Drawings(images, data.target.astype(np.int32), unused, unused)
 seen, unseen = everything.part(data.target < 7), everything.part(data.target >= 7)
 args = omniglot.parse_args(
     ["--epochs", "2" if short else "12", "--warmup", "1", "--lr", "0.03", "--out", out]

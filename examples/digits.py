@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import _ctrl_c
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,10 +27,10 @@ from _common import (
     lam_at,
     make_optimizer,
     number,
+    over_seeds,
     predict,
     progress,
     say_if_quick,
-    stopped_by_hand,
 )
 from flax import nnx
 from sklearn.datasets import load_digits
@@ -158,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tx = make_optimizer(args.centers, args.lr, 0.0, args.alpha, steps)
     epoch = make_epoch(args)
 
-    with stopped_by_hand():
+    with _ctrl_c.stopped_by_hand():
         return compare(args, data, tx, epoch)
 
 
@@ -187,7 +188,7 @@ def compare(args: argparse.Namespace, data: Data, tx: Any, epoch: Epoch) -> dict
                     marks = ("class means", means) if arm == "softmax" else ("centers", model.center_loss)
                     heading = f"{title}: {metrics['accuracy']:.1f} % right, crosses are {marks[0]}"
                     planes.append(Plane(heading, marks[1], features, y_test))
-    print(f"\n{args.seeds} seed(s), {args.epochs} epochs, λ = {args.lam:g}, ", end="")
+    print(f"\n{over_seeds(args.seeds)}, {args.epochs} epochs, λ = {args.lam:g}, ", end="")
     print(f"α = {args.alpha:g}, centers moved by {args.centers}\n")
     print(compactness_table({title: results[arm] for arm, title in ARMS.items()}))
     say_if_quick(args)

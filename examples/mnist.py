@@ -10,6 +10,7 @@ stopped goes on from its last epoch when the same command is given again.
 import argparse
 import gzip
 import hashlib
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import _ctrl_c
 import flax
 import jax
 import jax.numpy as jnp
@@ -37,10 +39,10 @@ from _common import (
     lam_at,
     make_optimizer,
     number,
+    over_seeds,
     predict,
     progress,
     say_if_quick,
-    stopped_by_hand,
 )
 from flax import nnx
 
@@ -57,13 +59,17 @@ SHA256 = {
 }
 
 # What a run depends on besides λ and its seed.
-SETTINGS = ("centers", "warmup", "alpha", "images", "epochs", "batch_size", "lr", "weight_decay", "full")
+SETTINGS = (
+    *("centers", "precision", "warmup", "alpha", "images", "epochs"),
+    *("batch_size", "lr", "weight_decay", "full"),
+)
 
 
 def read_idx(path: Path, rank: int, limit: int | None = None) -> np.ndarray:
     """The bytes of an idx.gz file, of its first `limit` items: labels have rank 1, images 3.
 
-    What it declares is not trusted: no more is unpacked than is asked for, and what is missing is an error.
+    What it declares is not trusted: no more is kept than is asked for, and it is an error if there is less in
+    the file or more. The file is read to its end, where its checksum stands.
     """
     try:
         with gzip.open(path) as file:
@@ -72,11 +78,15 @@ def read_idx(path: Path, rank: int, limit: int | None = None) -> np.ndarray:
             count, *shape = struct.unpack(f">{rank}I", file.read(4 * rank))
             if rank == 3 and shape != [SIDE, SIDE]:
                 raise ValueError(f"its images are {shape[0]} x {shape[1]}, expected {SIDE} x {SIDE}")
+            declared = count * math.prod(shape)
             count = min(count, limit or 70_000)
-            size = count * int(np.prod(shape))
-            content = file.read(size)
-            if len(content) < size:
-                raise ValueError(f"it ends after {len(content):,} of {size:,} bytes")
+            content = file.read(count * math.prod(shape))
+            length = len(content)
+            while length <= declared and (rest := file.read(2**16)):
+                length += len(rest)
+            if length != declared:
+                found = f"ends after {length:,}" if length < declared else "goes on"
+                raise ValueError(f"it declares {declared:,} bytes and {found}")
     except (OSError, EOFError, struct.error, zlib.error, ValueError) as error:
         raise SystemExit(f"{path} is not an idx.gz file that can be used: {error}") from None
     return np.frombuffer(content, np.uint8).reshape(count, *shape)
@@ -118,7 +128,7 @@ class Model(nnx.Module):
     has three of one convolution of stride 2 and half the width.
     """
 
-    def __init__(self, full: bool, centers: str, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, full: bool, centers: str, precision: str = "float32", *, rngs: nnx.Rngs) -> None:
         conv = partial(nnx.Conv, kernel_size=(5, 5), rngs=rngs)
         widths = (1, 32, 64, 128) if full else (1, 16, 32, 64)
         layers = []
@@ -132,7 +142,10 @@ class Model(nnx.Module):
         self.embed = nnx.Linear(side * side * widths[-1], 2, rngs=rngs)
         self.head = nnx.Linear(2, CLASSES, rngs=rngs)
         kind = "state" if centers == "rule" else "param"
-        self.center_loss = jax_centerloss.nnx.CenterLoss(CLASSES, 2, centers_as=kind, rngs=rngs)
+        dtype = jnp.float32 if precision == "float32" else jnp.bfloat16
+        self.center_loss = jax_centerloss.nnx.CenterLoss(
+            CLASSES, 2, centers_as=kind, param_dtype=dtype, rngs=rngs
+        )
 
     def features(self, images: jax.Array) -> jax.Array:
         x = self.layers(images[..., None].astype(jnp.float32) / 255)
@@ -151,6 +164,7 @@ def train_step(
     labels: jax.Array,
     lam: jax.Array,
     alpha: jax.Array,
+    key: jax.Array | None,
     *,
     by_rule: bool,
 ) -> jax.Array:
@@ -162,7 +176,7 @@ def train_step(
     (loss, x), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model)
     optimizer.update(model, grads, lam=lam)
     if by_rule:
-        model.center_loss.update_centers(x, labels, alpha=alpha, after=loss)
+        model.center_loss.update_centers(x, labels, alpha=alpha, after=loss, rounding_key=key)
     return loss
 
 
@@ -194,11 +208,13 @@ def train(
     images, labels = data[:2]
     per_epoch = len(labels) // args.batch_size
     steps = args.epochs * per_epoch
-    model = Model(args.full, args.centers, rngs=nnx.Rngs(seed))
+    model = Model(args.full, args.centers, args.precision, rngs=nnx.Rngs(seed))
     tx = make_optimizer(args.centers, args.lr, args.weight_decay, args.alpha, steps)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     lams = lam_at(np.arange(steps), lam, args.warmup * per_epoch)
     alpha = np.float32(args.alpha)
+    stochastic = args.precision == "stochastic"
+    keys = jax.random.split(jax.random.key(seed), steps) if stochastic else [None] * steps
 
     # As a list of arrays, which any version of Flax and Orbax reads.
     leaves, tree = jax.tree.flatten(nnx.state((model, optimizer)))
@@ -226,6 +242,7 @@ def train(
                 labels[part],
                 lams[epoch * per_epoch + i],
                 alpha,
+                keys[epoch * per_epoch + i],
                 by_rule=args.centers == "rule",
             )
             for i, part in enumerate(parts)
@@ -270,8 +287,9 @@ def compare(args: argparse.Namespace, data: tuple[np.ndarray, ...]) -> dict[floa
                     marks = model.center_loss if lam else means
                     heading = f"λ = {lam:g}: {metrics['accuracy']:.1f} % right"
                     planes.append(Plane(heading, marks, features, data[3]))
-    print(f"\n{len(data[1]):,} training images, {args.seeds} seed(s), {args.epochs} epochs, ", end="")
-    print(f"λ over {args.warmup} of them, α = {args.alpha:g}, centers moved by {args.centers}\n")
+    print(f"\n{len(data[1]):,} training images, {over_seeds(args.seeds)}, {args.epochs} epochs, ", end="")
+    print(f"λ over {args.warmup} of them, α = {args.alpha:g}, centers moved by {args.centers}, ", end="")
+    print(f"in {args.precision.replace('stochastic', 'bfloat16, rounded stochastically')}\n")
     print(compactness_table({f"λ = {lam:g}": runs for lam, runs in results.items()}))
     picture = args.out / "mnist.png"
     heading = (
@@ -293,6 +311,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data", type=Path, help=f"folder with {', '.join(SHA256)}; else MNIST is downloaded")
     add("--lams", type=number(float, 0), nargs="+", default=[0, 0.001, 0.01, 0.1, 1], help="weights λ")
     add_centers_flag(parser)
+    add(
+        "--precision",
+        choices=["float32", "bfloat16", "stochastic"],
+        default="float32",
+        help="of the centers; stochastic: bfloat16, rounded stochastically",
+    )
     unset = argparse.SUPPRESS  # Their defaults depend on --full and --quick.
     add(
         "--images",
@@ -316,6 +340,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.quick:
         args.lams = [0.0, 0.1]
     args.lams = sorted(set(args.lams))
+    if args.precision == "stochastic" and args.centers != "rule":
+        parser.error("argument --precision: only centers that the rule moves are rounded stochastically")
     check_flags(parser, args)
     return args
 
@@ -323,7 +349,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[float, list[dict[str, Any]]]:
     """Runs the comparison; for each λ a list with every seed's metrics and losses."""
     args = parse_args(argv)
-    with stopped_by_hand(" The same command goes on from the last finished epoch."):
+    with _ctrl_c.stopped_by_hand(" The same command goes on from the last finished epoch."):
         data = load(args.data, args.images)
         if args.batch_size > len(data[1]):
             raise SystemExit(f"--batch-size: {args.batch_size} is above the {len(data[1])} training images")

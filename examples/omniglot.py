@@ -9,14 +9,11 @@ the norm of the features. Only the second has centers that move.
 """
 
 import argparse
-import io
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _ctrl_c
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,32 +24,25 @@ from _common import (
     check_finite,
     check_flags,
     difference,
-    download,
     draw_planes,
     lam_at,
     make_optimizer,
     markdown,
     new_figure,
     number,
+    over_seeds,
     progress,
     say_if_quick,
     spread,
-    stopped_by_hand,
 )
+from _omniglot import MD5, Drawings, load
 from flax import nnx
-from PIL import Image, UnidentifiedImageError
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_curve
 
 import jax_centerloss
 
 SIDE = 28
-LARGEST = 2**20  # Bytes of a drawing's file; the real ones have some 200.
-SOURCE = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
-MD5 = {
-    "images_background": "68d2efa1b9178cc56df9314c21c6e718",
-    "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
-}
 ARMS = {"softmax": "softmax alone", "center": "center loss", "frozen": "frozen centers (control)"}
 NEGATIVES = {"all": "all alphabets", "same": "same alphabet"}
 METRICS = {"tar1": "TAR at FAR 1 %", "tar01": "TAR at FAR 0.1 %", "eer": "EER"}
@@ -63,61 +53,7 @@ TRAINED = {
     "norm": "norm of features",
     "last": "last loss",
 }
-# What zipfile and Pillow raise over bytes that are not what they should be.
-BROKEN = (
-    zipfile.BadZipFile,
-    zlib.error,
-    Image.DecompressionBombError,
-    ValueError,
-    OSError,
-    RuntimeError,
-)
 FAR = np.logspace(-4, 0, 200)  # Where the picture's curves are drawn.
-
-
-@dataclass
-class Drawings:
-    images: np.ndarray  # (n, SIDE, SIDE) uint8, ink 255
-    labels: np.ndarray  # (n,) int32, one number a character
-    alphabets: np.ndarray  # (n,) int32
-
-    def part(self, chosen: np.ndarray) -> "Drawings":
-        """The chosen drawings, their characters numbered anew from 0."""
-        _, labels = np.unique(self.labels[chosen], return_inverse=True)
-        return Drawings(self.images[chosen], labels.astype(np.int32), self.alphabets[chosen])
-
-
-def load(data: Path | None, name: str) -> Drawings:
-    """The drawings in `name*.zip` in the folder `data`, or in the published archive if that is `None`."""
-    if data is None:
-        path = download(f"{SOURCE}{name}.zip", f"md5:{MD5[name]}")
-    else:
-        found = sorted(data.glob(f"{name}*.zip"))
-        if not found:
-            raise SystemExit(f"There is no {name}*.zip in {data}.")
-        path = found[0]
-    images, characters = [], []
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in sorted(archive.namelist()):
-                if not member.endswith(".png"):
-                    continue
-                _, alphabet, character, _ = member.split("/")
-                if archive.getinfo(member).file_size > LARGEST:
-                    raise ValueError(f"{member} is larger than a drawing")
-                try:
-                    picture = Image.open(io.BytesIO(archive.read(member))).convert("L")
-                except UnidentifiedImageError:
-                    raise ValueError(f"{member} is no picture") from None
-                images.append(255 - np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX)))
-                characters.append((alphabet, character))
-    except BROKEN as error:
-        raise SystemExit(f"{path} is not an archive of alphabet/character/drawing.png: {error}") from None
-    if not images:
-        raise SystemExit(f"{path} holds no drawings (.png).")
-    _, labels = np.unique([f"{a}/{c}" for a, c in characters], return_inverse=True)
-    _, alphabets = np.unique([a for a, _ in characters], return_inverse=True)
-    return Drawings(np.stack(images), labels.astype(np.int32), alphabets.astype(np.int32))
 
 
 class Block(nnx.Module):
@@ -301,7 +237,7 @@ def select(args: argparse.Namespace, background: Drawings) -> dict[str, float]:
             rows.append([ARMS[arm], f"{lam:g}", *cells])
             bar.write(" ".join(rows[-1]))
     heads = [f"{METRICS['tar1']}, {title}" for title in NEGATIVES.values()]
-    print(f"\nOn the held-out training alphabets, {args.select} seed(s), α = {args.alpha:g}, ", end="")
+    print(f"\nOn the held-out training alphabets, {over_seeds(args.select)}, α = {args.alpha:g}, ", end="")
     print(f"λ over {args.warmup} of {args.epochs} epochs:\n")
     print(markdown(["arm", "λ", *heads, *TRAINED.values()], rows))
     best = {arm: max((run for run in runs if run[0] == arm), key=scores.get)[1] for arm in args.arms}
@@ -329,15 +265,13 @@ def compare(
         f"\n{len(evaluation.images)} drawings of {evaluation.labels.max() + 1} characters never trained on, ",
         end="",
     )
-    print(f"{args.seeds} seed(s), {args.epochs} epochs; pairs: ", end="")
+    print(f"{over_seeds(args.seeds)}, {args.epochs} epochs; pairs: ", end="")
     print(", ".join(f"{chosen[kind].shape[1]:,} {kind}" for kind in chosen), "\n")
     print(tables(results, lams))
     draw_curves(args.out / "omniglot.png", results)
     heading = "Ten characters never trained on: features of length 1, and their means"
     names = [f"character {j + 1}" for j in range(10)]
-    draw_planes(
-        args.out / "omniglot_features.png", heading, planes, names, ("first main direction", "second")
-    )
+    draw_planes(args.out / "omniglot_features.png", heading, planes, names, main_directions=True)
     print(f"\nPictures: omniglot.png and omniglot_features.png in {args.out}")
     say_if_quick(args)
     return results
@@ -370,13 +304,14 @@ def tables(results: dict[str, Any], lams: dict[str, float]) -> str:
         [ARMS[arm], *(spread([run[name] for run in runs], 2) for name in TRAINED)]
         for arm, runs in results.items()
     ]
+    several = len(next(iter(results.values()))) > 1
+    paired = ", paired by seed; 95 % intervals by Student's t, over seeds, for these characters"
+    differences = [f"Differences{paired if several else ''}:", markdown(["", *heads], gains)]
     return "\n\n".join(
         [
-            "In per cent, mean ± standard deviation over the seeds. Negatives are pairs of two characters,\n"
-            "of any alphabets or of the same alphabet.",
+            "In per cent. Negatives are pairs of two characters, of any alphabets or of the same alphabet.",
             markdown(["arm", *heads], rows),
-            "Differences, paired by seed; 95 % intervals by Student's t, over seeds, for these characters:",
-            markdown(["", *heads], gains),
+            *(differences if gains else []),
             "By `center_metrics`, of training drawings at the end, `moved` over the last epoch. Centers\n"
             "that don't move lie near zero: the own distance is the norm, and no gap tells classes apart.",
             markdown(["arm", *TRAINED.values()], trained),
@@ -467,8 +402,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the comparison; per arm a list with every seed's metrics."""
     args = parse_args(argv)
     lams = {"softmax": 0.0, "center": args.lam_center, "frozen": args.lam_frozen}
-    with stopped_by_hand():
-        background, evaluation = (load(args.data, name) for name in MD5)
+    with _ctrl_c.stopped_by_hand():
+        background, evaluation = (load(args.data, name, SIDE) for name in MD5)
         if args.quick:  # Five alphabets of each.
             background, evaluation = (data.part(data.alphabets < 5) for data in (background, evaluation))
         count = len(background.labels)

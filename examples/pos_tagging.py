@@ -14,6 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import _ctrl_c
 import conllu
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,10 @@ from _common import (
     lam_at,
     markdown,
     number,
+    over_seeds,
     progress,
     say_if_quick,
     spread,
-    stopped_by_hand,
 )
 from flax import nnx
 from sklearn.decomposition import PCA
@@ -247,24 +248,39 @@ def plane(title: str, features: np.ndarray, labels: np.ndarray, centers: Any, pr
     return Plane(title, now, pca.transform(features), labels, then)
 
 
+def unseen(data: dict[str, list[Sentence]]) -> Counter[int]:
+    """How many dev words have a tag that training never saw, by tag: its center is where it was drawn."""
+    train, dev = (Counter(tag for _, tags in data[part] for tag in tags) for part in ("train", "dev"))
+    if not any(tag in train for tag in dev if tag >= 0):
+        raise SystemExit("No dev word has a tag that training saw.")
+    return Counter({tag: count for tag, count in dev.items() if tag >= 0 and tag not in train})
+
+
 def compare(args: argparse.Namespace, data: dict[str, list[Sentence]]) -> dict[float, list[dict[str, Any]]]:
     """Trains every λ with every seed, prints the table and draws the picture of seed 0."""
     numbers = vocabulary(data["train"])
     parts = {part: batches(sentences, numbers, args.batch_size) for part, sentences in data.items()}
     results: dict[float, list[dict[str, Any]]] = {lam: [] for lam in args.lams}
     planes = []
+    if strange := unseen(data):
+        tags = ", ".join(TAGS[tag] for tag in sorted(strange))
+        print(f"{strange.total()} dev words have tags that training never saw ({tags}): ", end="")
+        print("they count in the accuracy only.")
     with progress(len(args.lams) * args.seeds * args.epochs, "epoch") as bar:
         for seed in range(args.seeds):
             for lam in args.lams:
                 model, previous, losses = fit(args, parts["train"], len(numbers) + 2, lam, seed, bar)
                 dev, x, labels = judge(model, parts["dev"])
+                trained = ~np.isin(labels, list(strange))
+                x, labels = x[trained], labels[trained]
                 metrics = jax_centerloss.center_metrics(model.center_loss, x, labels, previous=previous)
                 found = {name: float(value) for name, value in metrics.items()}
                 found |= {"dev": dev, "test": judge(model, parts["test"])[0], "losses": losses}
                 results[lam].append(found)
                 if seed == 0:
                     planes.append(plane(f"λ = {lam:g}", x, labels, nnx.state(model.center_loss), previous))
-    print(f"\n{args.seeds} seed(s), {args.epochs} epochs, λ over {args.warmup} of them, α = {args.alpha:g}\n")
+    print(f"\n{over_seeds(args.seeds)}, {args.epochs} epochs, ", end="")
+    print(f"λ over {args.warmup} of them, α = {args.alpha:g}\n")
     rows = [
         [
             f"λ = {lam:g}",
@@ -275,8 +291,8 @@ def compare(args: argparse.Namespace, data: dict[str, list[Sentence]]) -> dict[f
     print(markdown(["", *(title for title, _ in METRICS.values())], rows))
     print("\nTo center, gap and moved are `center_metrics` of the dev words, the last over the last epoch.")
     picture = args.out / "pos_tagging.png"
-    heading = "Words of the dev set (each panel has its own axes); arrows: centers in the last epoch"
-    draw_planes(picture, heading, planes, TAGS, ("first main direction", "second"))
+    heading = "Words of the dev set (each panel has its own scale); arrows: centers in the last epoch"
+    draw_planes(picture, heading, planes, TAGS, main_directions=True)
     print(f"\nThe dev words of seed 0: {picture}")
     say_if_quick(args)
     return results
@@ -310,7 +326,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[float, list[dict[str, Any]]]:
     """Runs the comparison; for each λ a list with every seed's metrics and losses."""
     args = parse_args(argv)
-    with stopped_by_hand():
+    with _ctrl_c.stopped_by_hand():
         data = load(args.data)
         if args.quick:  # Short sentences, for which few programs are compiled.
             short = {part: [s for s in found if len(s[0]) <= WIDTHS[1]] for part, found in data.items()}

@@ -1,7 +1,6 @@
 """A million centers, split over devices and trained where they lie.
 
-    pip install "jax-centerloss[examples]"
-    python sharded.py
+    python examples/sharded.py
 
 Without accelerators this makes eight virtual devices of the CPU; on GPUs or TPUs it takes those. Features are
 synthetic: each class has a mean that is drawn anew from its number, so that nothing as long as the classes
@@ -17,6 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import _ctrl_c
 import jax
 import jax.numpy as jnp
 import optax
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Trains, and returns each metric at each report."""
     args = parse_args(argv)
     mesh = jax.make_mesh((args.data, jax.device_count() // args.data), ("data", "classes"))
-    with jax.set_mesh(mesh):
+    with _ctrl_c.stopped_by_hand(), jax.set_mesh(mesh):
         return train(args, mesh)
 
 

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jax_centerloss._check_batch import check_batch as check_batch
 from jax_centerloss._distances import distance_map as distance_map
 from jax_centerloss._distances import nearest_center as nearest_center
 from jax_centerloss._loss import center_loss as center_loss
@@ -36,6 +37,7 @@ _LAZY = {
 __all__ = [
     "center_loss",
     "center_metrics",
+    "check_batch",
     "distance_map",
     "from_torch",
     "init_centers",

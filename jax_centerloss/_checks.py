@@ -1,42 +1,96 @@
 """What is accepted, and the words of each error. Nothing here costs anything at run time under `jit`."""
 
-import functools
+import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_centerloss import _placement
-from jax_centerloss._checkify import Check, debug_check
+from jax_centerloss._placement import OutSharding
 
 Clip = tuple[float, float] | None
 ReduceFn = Callable[..., Any] | None
 
 CENTERS_AS = ("param", "state")
+DRAWN = "Centers are drawn as floats: take jnp.float32 or jnp.bfloat16, say."
+
+
+def array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.Array:
+    """`value`, the argument of that name, as an array that the caller can't change any more.
+
+    JAX takes an aligned NumPy array without a copy on a CPU, and may read it after the call has returned,
+    when a loader has filled its buffer anew.
+    """
+    try:
+        if on_host(value):
+            value = np.asarray(value).copy()
+            if value.dtype.kind in "iu":  # JAX would wrap around what 32 bits do not hold.
+                kept = np.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
+                value = value.clip(max(kept.min, np.iinfo(value.dtype).min), kept.max)
+        return jnp.asarray(value)
+    except jax.errors.JAXTypeError:  # Of a traced value, which JAX names.
+        raise
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name} must be {kind}, got {_described(value)}. {advice}") from error
+
+
+def on_host(value: Any) -> bool:
+    """Whether it is an array, or turns into one, that is not JAX's."""
+    others = hasattr(value, "__array__") and not hasattr(value, "__jax_array__")
+    return others and not isinstance(value, jax.Array)
+
+
+def arrays(name: str, tree: Any, advice: str) -> Any:
+    return jax.tree.map(lambda leaf: array(f"a leaf of {name}", leaf, advice), tree)
+
+
+def _described(value: Any) -> str:
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return f"the {'class' if inspect.isclass(value) else 'function'} {value.__name__}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {', '.join(map(repr, value))}"
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype.name}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}: {', '.join(type(v).__name__ for v in value[:8])}"
+    return "None" if value is None else type(value).__name__
 
 
 def sizes(num_classes: int, feat_dim: int) -> tuple[int, int]:
     """The shape of a table of centers, refused where it would hold nothing."""
-    shape = operator.index(num_classes), operator.index(feat_dim)
-    for name, size in zip(("num_classes", "feat_dim"), shape, strict=True):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}.")
-    return shape
+    return _size("num_classes", num_classes), _size("feat_dim", feat_dim)
 
 
-def sharding(out_sharding: NamedSharding | PartitionSpec, shape: tuple[int, int]) -> NamedSharding:
+def _size(name: str, value: Any) -> int:
+    try:
+        size = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer, got {value!r}.") from error
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}.")
+    return size
+
+
+def sharding(out_sharding: OutSharding, shape: tuple[int, int]) -> NamedSharding | Format:
     """Where a table of that shape is to lie, on the mesh of the context if `out_sharding` names none."""
-    if not isinstance(out_sharding, NamedSharding | PartitionSpec):
+    if not isinstance(out_sharding, OutSharding):
         raise TypeError(
-            f"out_sharding must be a jax.sharding.PartitionSpec or NamedSharding, got {out_sharding!r}. "
+            "out_sharding must be a jax.sharding.PartitionSpec or NamedSharding, or a "
+            f"jax.experimental.layout.Format, got {out_sharding!r}. "
             'PartitionSpec("classes", None) splits centers by class over the axis "classes" of a mesh.'
         )
+    if isinstance(out_sharding, Format):
+        if isinstance(out_sharding.sharding, NamedSharding):
+            sharding(out_sharding.sharding, shape)
+        return out_sharding
     if isinstance(out_sharding, PartitionSpec):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
@@ -66,7 +120,19 @@ def sharding(out_sharding: NamedSharding | PartitionSpec, shape: tuple[int, int]
 def floating(dtype: DTypeLike, name: str, advice: str | None = None) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
         advice = advice or f"Cast it first, for example `{name}.astype(jnp.float32)`."
-        raise TypeError(f"{name} must be floating point, got {np.dtype(dtype).name}. {advice}")
+        raise TypeError(f"{name} must be floating point, got {jnp.dtype(dtype).name}. {advice}")
+
+
+def one_dtype(name: str, value: Any, allowed: tuple[str, ...], advice: str) -> Any:
+    if value is None:
+        return None
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:  # Of a name that is not known.
+        dtype = None
+    if dtype is None or dtype.name not in allowed:
+        raise ValueError(f"{name} must be None or one of {', '.join(allowed)}, got {value!r}. {advice}")
+    return dtype
 
 
 def table(params: Any, name: str = "params") -> jax.Array:
@@ -80,113 +146,21 @@ def table(params: Any, name: str = "params") -> jax.Array:
             'a dict {"centers": array}, an NNX module or its state, or of Linen variables the part of this '
             'module in "params" (in "centers", if they are state).'
         )
-    leaf = leaves[0][1]
-    try:
-        centers = jnp.asarray(leaf)
-    except TypeError as error:
-        raise TypeError(
-            f"{name} must hold the (C, D) centers as an array, got {type(leaf).__name__}. A Linen module "
-            'holds none: pass its `variables["params"]`.'
-        ) from error
+    centers = array(
+        f"the leaf of {name}",
+        leaves[0][1],
+        'Pass the (C, D) centers. A Linen module holds none: pass its `variables["params"]`.',
+    )
     if centers.ndim != 2 or 0 in centers.shape:
+        name = "centers" if name == "params" else name
         raise ValueError(
-            f"centers must have shape (C, D) with at least one class and one feature, got {centers.shape}."
+            f"{name} must have shape (C, D) with at least one class and one feature, got {centers.shape}."
         )
     floating(centers.dtype, "centers")
     return centers
 
 
-def features(x: ArrayLike, centers: jax.Array) -> jax.Array:
-    """`x` as an array `(..., D)` of floats, D being the centers'."""
-    x = jnp.asarray(x)
-    floating(x.dtype, "x")
-    if x.ndim == 0 or x.shape[-1] != centers.shape[-1]:
-        raise ValueError(
-            f"x must have shape (..., D) with D = {centers.shape[-1]}, the feature size of the centers "
-            f"{centers.shape}, got shape {x.shape}."
-        )
-    return x
-
-
-def batch(
-    x: ArrayLike, labels: ArrayLike, where: ArrayLike | None, centers: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`x`, `labels` and the mask of the samples that count (selected, and the label not negative)."""
-    x = features(x, centers)
-    given, labels = labels, jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(
-            f"labels must be integers, got {labels.dtype.name}. One-hot or soft labels become class "
-            "indices with `jnp.argmax(labels, -1)`; a mask of samples goes into `where`."
-        )
-    if labels.shape != x.shape[:-1]:
-        raise ValueError(
-            f"labels must have the leading dimensions of x, got labels {labels.shape} and x {x.shape}: "
-            f"expected labels {x.shape[:-1]}. One-hot labels become class indices with "
-            "`jnp.argmax(labels, -1)`, a column of labels with `labels[:, 0]`."
-        )
-    if labels.dtype.itemsize < 4:  # Too narrow to hold every number of classes.
-        labels = labels.astype(jnp.int32)
-    labels = _placement.along(x, labels)
-    used = labels >= 0
-    if where is not None:
-        mask = jnp.asarray(where)
-        if mask.dtype != jnp.bool_:
-            raise TypeError(
-                f"where must be boolean, got {mask.dtype.name}. Compare first, for example `where=mask > 0`; "
-                "weights go onto the per-sample losses of `center_loss(..., reduce_fn=None)`."
-            )
-        if mask.shape != labels.shape:
-            raise ValueError(f"where must have the shape of labels {labels.shape}, got {mask.shape}.")
-        used = used & _placement.along(x, mask)
-    labels = _labels_in_range(given, where, labels, used, centers.shape[0])
-    if not (_concrete(x) and _concrete(centers)):  # Else it shows in the result, and no one looks here.
-        message = "a feature of a used sample, of class {label}, is {value}"
-        labels = debug_check(labels, message, _finite, labels, used, x)
-    return x, labels, used
-
-
-def _labels_in_range(
-    given: ArrayLike, where: ArrayLike | None, labels: jax.Array, used: jax.Array, num_classes: int
-) -> jax.Array:
-    """Refuses labels >= C: at once where their values are at hand, else under `checkify`."""
-    if _concrete(given) and _concrete(where):
-        values = np.asarray(given)
-        out = values >= num_classes
-        if where is not None:
-            out = out & np.asarray(where)
-        if out.any():
-            raise ValueError(
-                f"label {values[out].flat[0]} is out of range for {num_classes} classes: labels go from 0 "
-                f"to {num_classes - 1}; negative ones are ignored."
-            )
-        return labels
-    message = f"label {{label}} is out of range for {num_classes} classes"
-    return debug_check(labels, message, _below(num_classes), labels, used)
-
-
-@functools.cache
-def _below(num_classes: int) -> Check:
-    def below(labels: jax.Array, used: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        bad = used & (labels >= num_classes)
-        return jnp.logical_not(jnp.any(bad)), {"label": _greatest(labels, bad)}
-
-    return below
-
-
-def _finite(labels: jax.Array, used: jax.Array, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    bad = used[..., None] & jnp.logical_not(jnp.isfinite(x))
-    label = _greatest(labels, jnp.any(bad, axis=-1))
-    # By a sum: the greatest of several devices' numbers is no NaN.
-    value = jnp.sum(jnp.where(bad & (labels == label)[..., None], x, jnp.zeros((), x.dtype)))
-    return jnp.logical_not(jnp.any(bad)), {"label": label, "value": value}
-
-
-def _greatest(labels: jax.Array, where: jax.Array) -> jax.Array:
-    return jnp.max(jnp.where(where, labels, jnp.zeros((), labels.dtype)), initial=0)
-
-
-def _concrete(value: ArrayLike | None) -> bool:
+def concrete(value: ArrayLike | None) -> bool:
     """Whether the values can be looked at here: not traced, and not spread over other processes."""
     leaves = jax.tree.leaves(value)  # A list of labels may hold tracers.
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
@@ -194,29 +168,33 @@ def _concrete(value: ArrayLike | None) -> bool:
     return all(leaf.is_fully_addressable for leaf in leaves if isinstance(leaf, jax.Array))
 
 
-def previous(params: Any, centers: jax.Array) -> jax.Array:
-    """An earlier table, of the shape of the centers."""
-    leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+def previous(params: Any, earlier_params: Any, centers: jax.Array) -> jax.Array:
+    """An earlier table, of the shape of the centers, and not the very array that `params` hold."""
+    advice = "Keep a copy from before the steps: `previous = jax.tree.map(jnp.copy, params)`."
+    leaves = [leaf for leaf in jax.tree.leaves(earlier_params) if isinstance(leaf, jax.Array)]
     if any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in leaves):
+        raise ValueError(f"previous was donated to a step and is gone. {advice}")
+    earlier = table(earlier_params, "previous")
+    if any(one is other for one in jax.tree.leaves(params) for other in jax.tree.leaves(earlier_params)):
         raise ValueError(
-            "previous was donated to a step and is gone. Keep a copy: "
-            "`previous = jax.tree.map(jnp.copy, params)`."
+            "previous holds the centers themselves, which shows no motion, whatever the steps did: an NNX "
+            f"module's state, say, follows the module. {advice}"
         )
-    earlier = table(params, "previous")
     if earlier.shape != centers.shape:
         raise ValueError(f"previous must be earlier centers {centers.shape}, got shape {earlier.shape}.")
     return earlier
 
 
-def clip_range(clip: Clip) -> None:
+def clip_range(clip: Any) -> Clip:
     if clip is None:
-        return
+        return None
     try:
         low, high = map(float, clip)
     except (TypeError, ValueError) as error:
         raise ValueError(f"clip must be None or a pair of floats (low, high), got {clip!r}.") from error
     if not low <= high:
         raise ValueError(f"clip must have low <= high, got {clip!r}.")
+    return low, high
 
 
 def reduction(reduce_fn: ReduceFn) -> None:
@@ -227,9 +205,68 @@ def reduction(reduce_fn: ReduceFn) -> None:
         )
 
 
-def scalar(name: str, value: ArrayLike) -> None:
-    if np.ndim(value):
-        raise ValueError(f"{name} must be a number or a scalar array, got shape {np.shape(value)}.")
+def module_options(
+    num_classes: int,
+    feat_dim: int,
+    *,
+    clip: Clip,
+    reduce_fn: ReduceFn,
+    centers_as: str,
+    param_dtype: DTypeLike,
+    centers_init: Any,
+) -> tuple[int, int]:
+    """What a module is made with, refused when it is given; returns the shape of its centers."""
+    clip_range(clip)
+    reduction(reduce_fn)
+    choice("centers_as", centers_as, CENTERS_AS)
+    floating(param_dtype, "dtype", DRAWN)
+    if not callable(centers_init):
+        raise TypeError(
+            f"centers_init must be a function of a key, a shape and a dtype, got {_described(centers_init)}. "
+            "Centers that are at hand are given by `lambda key, shape, dtype: centers`."
+        )
+    return sizes(num_classes, feat_dim)
+
+
+def declared(centers: jax.Array, num_classes: int, feat_dim: int) -> None:
+    """Refuses a table that is not of the size that its module declares."""
+    if centers.shape != (num_classes, feat_dim):
+        raise ValueError(
+            f"this is CenterLoss({num_classes}, {feat_dim}), but its centers have shape {centers.shape}. "
+            "Make the module of the size of the centers that it is given."
+        )
+
+
+def scalar(name: str, value: Any, advice: str | None = None) -> jax.Array:
+    advice = advice or f"Pass a number; of a schedule, its value: `{name}=schedule(step)`."
+    number = array(name, value, advice, "a number")
+    if number.ndim:
+        raise ValueError(f"{name} must be a number or a scalar array, got shape {number.shape}.")
+    if not (jnp.issubdtype(number.dtype, jnp.floating) or jnp.issubdtype(number.dtype, jnp.integer)):
+        raise TypeError(f"{name} must be a real number, got {number.dtype.name}.")
+    return number
+
+
+def key(name: str, value: Any) -> jax.Array | None:
+    """One PRNG key, of either kind that JAX has, or None."""
+    if value is None:
+        return None
+    advice = (
+        "Pass another key in each step: `jax.random.fold_in(jax.random.key(0), step)`, say, or in NNX "
+        "`rngs.rounding()`."
+    )
+    keys = array(name, value, advice, "a PRNG key")
+    ndim = keys.ndim
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):  # Then it is an array of words.
+        words = jax.eval_shape(jax.random.PRNGKey, 0)
+        if keys.dtype != words.dtype or keys.shape[-1:] != words.shape:
+            raise TypeError(
+                f"{name} must be a PRNG key, got {keys.dtype.name} of shape {keys.shape}. {advice}"
+            )
+        ndim -= 1
+    if ndim:
+        raise ValueError(f"{name} must be one key, got keys of shape {keys.shape}. {advice}")
+    return keys
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -238,11 +275,22 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def state(got: Any, expected: Any, centers: jax.Array) -> None:
-    """The state of an optimizer by rows, against the one that its `init` makes."""
-    got, expected = (jax.tree.map(np.shape, tree) for tree in (got, expected))
-    if got != expected:
+    """The state of an optimizer by rows, against the one that its `init` makes.
+
+    Some transformations have states of one form, as Adam, Yogi and NAdam have, and can't be told apart.
+    """
+    shapes = [jax.tree.map(np.shape, tree) for tree in (got, expected)]
+    structures = {jax.tree.structure(tree) for tree in (got, expected)}
+    if len(structures) > 1 or shapes[0] != shapes[1]:
         raise ValueError(
-            f"state is not of this optimizer and centers {centers.shape}: expected {expected}, got {got}. "
-            "Make it with this row optimizer's `init(params)`, and pass on what `update` returns: "
-            "`params, state = rows.update(params, state, x, labels)`."
+            f"state is not of this optimizer and centers {centers.shape}: expected {shapes[1]}, got "
+            f"{shapes[0]}. Make it with this row optimizer's `init(params)`, and pass on what `update` "
+            "returns: `params, state = rows.update(params, state, x, labels)`."
         )
+    # Of what is kept for each row; Python numbers may stand for scalars.
+    for leaf, like in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        if np.ndim(leaf) and jax.dtypes.canonicalize_dtype(leaf.dtype) != like.dtype:
+            raise ValueError(
+                f"state holds {leaf.dtype.name} where this optimizer keeps {like.dtype.name}: make it with "
+                "the `state_dtype` that the state was made with, or cast the state."
+            )

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _checks, _placement, _table
+from jax_centerloss import _batch, _checks, _placement, _table
 
 _CLASS_BLOCK = 1024  # Classes that nearest_center looks at in one go.
 _SAMPLED_CLASSES = 256  # Classes from which the shift of a distance map is taken, at most.
@@ -29,8 +29,8 @@ def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "h
       precision: of the matrix product. Below `"highest"`, GPUs and TPUs round the factors to 8 to 11 bits.
 
     Returns:
-      `(..., C)` squared distances, at least 0, in float32 (float64 if an operand has it). A center that
-      is not finite makes its own column NaN and no other.
+      `(..., C)` squared distances, at least 0, in float32 (float64 if an operand has it). A center that is
+      NaN or infinite makes its own column NaN and no other, and such a feature vector its own row.
 
     Raises:
       ValueError: on a shape that does not fit.
@@ -43,7 +43,7 @@ def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "h
       [0.0, 25.0]
     """
     centers = _checks.table(params)
-    x = _checks.features(x, centers)
+    x = _batch.features(x, centers)
     distances: jax.Array = distances_to(centers, x, precision=precision)
     return distances
 
@@ -72,7 +72,19 @@ def distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.PrecisionLi
         jnp.sum(x * x, -1, keepdims=True) + jnp.sum(centers * centers, -1).reshape(*lead, -1) - 2 * cross
     )
     # Rounding may leave a small negative; NaN stays.
-    return jnp.where(distances < 0, jnp.zeros((), distances.dtype), distances)
+    distances = jnp.where(distances < 0, jnp.zeros((), distances.dtype), distances)
+    finite = _finite(x)[..., None] & _finite(centers).reshape(*lead, -1)
+    return jnp.where(finite, distances, np.full((), np.nan, distances.dtype))
+
+
+def root(squared: jax.Array) -> jax.Array:
+    """The distance, by its square; its derivative at 0, where it has none, is 0 and not NaN."""
+    zero, one = np.zeros((), squared.dtype), np.ones((), squared.dtype)
+    return jnp.where(squared == 0, zero, jnp.sqrt(jnp.where(squared == 0, one, squared)))
+
+
+def _finite(vectors: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(vectors), axis=-1)
 
 
 def _middle(centers: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -91,7 +103,11 @@ def _middle(centers: jax.Array, dtype: DTypeLike) -> jax.Array:
         weights = 1 / jnp.maximum(jnp.maximum(away, jnp.median(away)), jnp.finfo(dtype).tiny)
         weighted = jnp.where(weights[:, None] > 0, weights[:, None] * some, jnp.zeros((), dtype))
         middle = jnp.sum(weighted, 0) / jnp.maximum(jnp.sum(weights), jnp.finfo(dtype).tiny)
-    return middle
+    # On a grid of a power of two, as wide as the centers are apart: numbers of few digits, whole ones say,
+    # then keep them, and distances that are the same stay the same.
+    step = jnp.ldexp(jnp.ones((), dtype), jnp.frexp(jnp.median(away))[1])
+    rounded = jnp.round(middle / step) * step
+    return jnp.where(jnp.isfinite(rounded), rounded, middle)
 
 
 def _less(x: jax.Array, middle: jax.Array) -> jax.Array:
@@ -99,16 +115,18 @@ def _less(x: jax.Array, middle: jax.Array) -> jax.Array:
 
 
 def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
-    """The class whose center is nearest, the lowest one at a tie.
+    """The class whose center is nearest, the lowest one where distances are the same.
 
-    Classes are taken block by block: memory is a block of distances, at any number of classes.
+    Distances are rounded, and so a tie of numbers with many digits may go to either class. Classes are taken
+    block by block: memory is a block of distances, at any number of classes.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
       x: features `(..., D)`, floating point.
 
     Returns:
-      int32 labels `(...)`; -1 where no distance is a number (a NaN or infinite feature).
+      int32 labels `(...)`; -1 of a feature vector that is NaN or infinite, and where every center is. A
+      center that is NaN or infinite is never the nearest.
 
     Raises:
       ValueError: on a shape that does not fit.
@@ -121,7 +139,7 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
       [0, 1]
     """
     centers = _checks.table(params)
-    labels: jax.Array = _nearest(centers, _checks.features(x, centers))
+    labels: jax.Array = _nearest(centers, _batch.features(x, centers))
     return labels
 
 
@@ -137,7 +155,7 @@ def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
 
 @_placement.any_mesh(lambda centers, x: _placement.samples_of(x, centers))
 def _nearest_by_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
-    middle = _middle(centers, _table.compute_dtype(x, centers))
+    middle, finite = _middle(centers, _table.compute_dtype(x, centers)), _finite(x)
     x = _less(x, middle)
     # A shard is one stripe or several, so that each device looks at its own classes only.
     stripes = _placement.stripes(centers)
@@ -164,4 +182,5 @@ def _nearest_by_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
     # The first block stands outside: inside shard_map it settles over which axes the result varies.
     value, labels = lax.fori_loop(1, -(-length // block), look, look(0, none))
     nearest = value == jnp.min(value, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(nearest, labels, np.int32(centers.shape[0])), axis=-1)
+    label = jnp.min(jnp.where(nearest, labels, np.int32(centers.shape[0])), axis=-1)
+    return jnp.where(finite, label, np.int32(-1))

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.nn.initializers import normal
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _checks, _placement, _table
+from jax_centerloss import _batch, _checks, _placement, _table
 from jax_centerloss._checks import Clip, ReduceFn
+from jax_centerloss._placement import OutSharding
 from jax_centerloss._table import AxisName
 
 CLIP = (1e-12, 1e12)
@@ -24,7 +24,7 @@ def init_centers(
     *,
     initializer: jax.nn.initializers.Initializer = normal(1.0),
     dtype: DTypeLike = jnp.float32,
-    out_sharding: NamedSharding | PartitionSpec | None = None,
+    out_sharding: OutSharding | None = None,
 ) -> dict[str, jax.Array]:
     """Draws one center per class.
 
@@ -37,7 +37,9 @@ def init_centers(
       out_sharding: where the table lies: a `PartitionSpec`, under `jax.set_mesh(mesh)`, or a `NamedSharding`.
         By default it is JAX's choice: one device, or under a mesh a whole table on each of its devices.
         `PartitionSpec("classes", None)` splits it by class over the axis "classes" of the mesh. Every device
-        draws its own part, with the numbers that the whole table has without a mesh.
+        draws its own part, with the numbers that the whole table has without a mesh. A
+        `jax.experimental.layout.Format` says as well how the table lies in memory: on a TPU, row by row
+        (inside of `jit` that is up to the outermost program's `out_shardings`).
 
     Returns:
       `{"centers": array}`, the array of shape `(C, D)`.
@@ -45,7 +47,8 @@ def init_centers(
     Raises:
       ValueError: if a size is below 1 or does not divide by its shards, or a `PartitionSpec` comes without
         a mesh.
-      TypeError: if a size is not an integer, `dtype` is not floating point, or `out_sharding` is neither.
+      TypeError: if a size is not an integer, `dtype` is not floating point, or `out_sharding` is none of
+        these.
 
     Example:
       >>> import jax, jax_centerloss
@@ -53,12 +56,21 @@ def init_centers(
       >>> params["centers"].shape
       (10, 2)
     """
-    _checks.floating(dtype, "dtype", "Centers are drawn as floats: take jnp.float32 or jnp.bfloat16, say.")
+    _checks.floating(dtype, "dtype", _checks.DRAWN)
     shape = _checks.sizes(num_classes, feat_dim)
+
+    def drawn(leaf: Any) -> jax.Array:
+        centers = _checks.array("what initializer returns", leaf, "Return the (C, D) centers.")
+        if centers.shape != shape:
+            raise ValueError(f"initializer must return centers of shape {shape}, got {centers.shape}.")
+        return centers.astype(dtype)
+
+    def draw(key: jax.Array) -> Any:  # Of Linen's initializers some return the array in a box.
+        return jax.tree.map(drawn, initializer(key, shape, dtype))
+
     if out_sharding is None:
-        return {"centers": initializer(key, shape, dtype)}
-    sharding = _checks.sharding(out_sharding, shape)
-    return {"centers": _placement.drawn(lambda key: initializer(key, shape, dtype), key, sharding)}
+        return {"centers": draw(key)}
+    return {"centers": _placement.drawn(draw, key, _checks.sharding(out_sharding, shape))}
 
 
 def center_loss(
@@ -67,6 +79,7 @@ def center_loss(
     labels: ArrayLike,
     *,
     where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     reduce_fn: ReduceFn = jnp.mean,
     clip: Clip = CLIP,
     axis_name: AxisName = None,
@@ -88,8 +101,10 @@ def center_loss(
       labels: integer classes `(...)`. Negative ones are ignored. One that is `>= C` raises where its value
         is known; under `jit` it makes the loss and the gradient of its row of `x` NaN.
       where: boolean `(...)`, the samples to use; all by default.
-      reduce_fn: `jnp.mean` (over the used samples; 0 if there are none), `jnp.sum`, or `None` for the
-        per-sample losses `(...)`, zero where ignored.
+      weights: real numbers `(...)`, not negative, one for each sample: a weight of k counts as k samples, 0
+        as none. A negative one raises where its value is known; under `jit` it makes the loss NaN.
+      reduce_fn: `jnp.mean` (the sum of weights times losses over the sum of weights; 0 if that is 0),
+        `jnp.sum`, or `None` for the weighted per-sample losses `(...)`, zero where ignored.
       clip: the range `(low, high)` of a squared distance, or `None` for the bare distance: no clamp, no
         constant.
       axis_name: inside `shard_map`, `pmap` or `vmap`, the mapped axis (or axes) that the batch is spread
@@ -99,9 +114,10 @@ def center_loss(
       The loss, a scalar or `(...)`, in float32 (float64 if an operand has it).
 
     Raises:
-      ValueError: on a shape that does not fit, a known label `>= C`, another `reduce_fn`, or a bad `clip`.
-      TypeError: on features or centers that are not floating point, labels that are not integers, or a
-        `where` that is not boolean.
+      ValueError: on a shape that does not fit, a known label `>= C` or negative weight, another `reduce_fn`,
+        or a bad `clip`.
+      TypeError: on features or centers that are not floating point, labels that are not integers, a `where`
+        that is not boolean, or what is no array at all.
 
     Example:
       >>> import jax.numpy as jnp, jax_centerloss
@@ -115,26 +131,44 @@ def center_loss(
       (https://doi.org/10.1007/978-3-319-46478-7_31), whose Eq. 2 has a factor ½ and a sum over the batch.
     """
     centers = _checks.table(params)
-    x, labels, used = _checks.batch(x, labels, where, centers)
+    x, labels, used, weights = _batch.batch(x, labels, where, weights, centers)
     _checks.reduction(reduce_fn)
-    _checks.clip_range(clip)
+    clip = _checks.clip_range(clip)
     rows, known = _table.read_rows(centers, labels, x)
+    if weights is not None:
+        # The loss of a sample of weight 0 still is the derivative by its weight; but where it is not finite,
+        # the sample is left out, since zero times NaN is NaN.
+        distance = lax.stop_gradient(squared_distance(x.astype(rows.dtype), rows, known, used))
+        used = used & ((weights != 0) | (known & jnp.isfinite(distance)))
     losses = own_class_losses(rows, x, known, used, clip=clip, num_classes=centers.shape[0])
     if reduce_fn is None:
-        return losses
-    return (total if reduce_fn is jnp.sum else mean)(losses, used, axis_name)
+        return losses if weights is None else losses * weights.astype(losses.dtype)
+    return (total if reduce_fn is jnp.sum else mean)(losses, used, weights, axis_name)
 
 
-def total(values: jax.Array, used: jax.Array, axis_name: AxisName = None) -> jax.Array:
-    """Their sum over the used samples of the whole batch."""
+def total(
+    values: jax.Array, used: jax.Array, weights: jax.Array | None = None, axis_name: AxisName = None
+) -> jax.Array:
+    """Their weighted sum over the used samples of the whole batch."""
+    if weights is not None:
+        values = values * weights.astype(values.dtype)
     number = jnp.sum(jnp.where(used, values, jnp.zeros((), values.dtype)))
     return number if axis_name is None else lax.psum(number, axis_name)
 
 
-def mean(values: jax.Array, used: jax.Array, axis_name: AxisName = None) -> jax.Array:
-    """Their mean over the used samples of the whole batch; 0 if there are none."""
-    number = jnp.maximum(count(used, axis_name), 1)
-    return total(values, used, axis_name) / number.astype(values.dtype)
+def mean(
+    values: jax.Array, used: jax.Array, weights: jax.Array | None = None, axis_name: AxisName = None
+) -> jax.Array:
+    """Their weighted mean over the used samples of the whole batch; 0 if there are none."""
+    return total(values, used, weights, axis_name) / number_of(used, weights, axis_name, values.dtype)
+
+
+def number_of(used: jax.Array, weights: jax.Array | None, axis_name: AxisName, dtype: DTypeLike) -> jax.Array:
+    """How many samples of the whole batch are used, or the sum of their weights; 1 instead of 0."""
+    if weights is None:
+        return jnp.maximum(count(used, axis_name), 1).astype(dtype)
+    number = total(weights.astype(dtype), used, axis_name=axis_name)
+    return jnp.where(number == 0, jnp.ones((), dtype), number)
 
 
 def count(used: jax.Array, axis_name: AxisName = None) -> jax.Array:

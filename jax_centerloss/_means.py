@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jax_centerloss import _checks, _placement, _table
+from jax_centerloss import _batch, _checks, _groups, _placement, _table
 
 _NAMED = 8  # Classes that the warning lists.
 
@@ -20,8 +20,10 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
     """Centers as the class means of features, in one pass over a stream of batches.
 
     For a network that is already trained, in part or as a whole: its centers start where its features are.
-    Means are kept up to date by differences from them, so a stream of any length costs no digits, and only
-    the rows of a batch's classes are touched. It is called outside `jit`; batches of one shape compile once.
+    Means are kept up to date by differences from them, and what is rounded off is kept in a table beside
+    them, so a stream of any length costs no digits. Only the rows of a batch's classes are touched.
+    It is called outside `jit`; batches of one shape compile once. The next batch is asked for when the last
+    one has been added, so that a loader may fill one buffer again and again.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
@@ -44,18 +46,20 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
       [[2.0, 0.0], [5.0, 5.0]]
     """
     centers = _checks.table(params)
-    means, counts = _start(centers)
-    for batch in batches:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            found = f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, tuple | list) else ''}"
+    state = _start(centers)
+    for pair in batches:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            found = f"{type(pair).__name__}{f' of {len(pair)}' if isinstance(pair, tuple | list) else ''}"
             raise TypeError(
                 f"batches must hold pairs (x, labels), got {found}. A single batch is `[(x, labels)]`; "
                 "samples are masked by negative labels."
             )
-        x, labels, used = _checks.batch(batch[0], batch[1], None, centers)
-        if any(isinstance(a, jax.core.Tracer) for a in (centers, x, labels)):
+        batch = _batch.batch(pair[0], pair[1], None, None, centers)
+        if any(isinstance(a, jax.core.Tracer) for a in (centers, batch.x, batch.labels)):
             raise TypeError("init_from_features loops over a stream of batches: call it outside of jit.")
-        means, counts = _add(means, counts, x, labels, used)
+        # On a CPU an array may share the loader's memory, also one that the loader made by `jnp.asarray`.
+        state = jax.block_until_ready(_add(state, batch))
+    means, counts = state.means, state.counts
     number, first = _unseen(counts)
     if number:
         names = ", ".join(map(str, np.asarray(first)[:number])) + (", ..." if number > _NAMED else "")
@@ -66,15 +70,25 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
     return jax.tree.unflatten(jax.tree.structure(params), [means.astype(centers.dtype)])
 
 
-def _placed(centers: jax.Array, *others: jax.Array) -> tuple[NamedSharding, NamedSharding] | None:
+class _State(NamedTuple):
+    """Arrays, or where they lie."""
+
+    means: Any  # (C, D)
+    rest: Any  # (C, D), what was rounded off from the means.
+    counts: Any  # (C,)
+
+
+def _placed(*arrays: Any) -> _State | None:
+    centers, *others = jax.tree.leaves(arrays)
     table = _placement.as_table(centers, *others)
-    return None if table is None else (table, NamedSharding(table.mesh, P(table.spec[0])))
+    return None if table is None else _State(table, table, NamedSharding(table.mesh, P(table.spec[0])))
 
 
 @_placement.any_mesh(_placed)
-def _start(centers: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _start(centers: jax.Array) -> _State:
     # A copy, which can be donated from batch to batch; half precision would not hold a running mean.
-    return jnp.array(centers, _table.compute_dtype(centers)), jnp.zeros(centers.shape[0], jnp.int32)
+    means = jnp.array(centers, _table.compute_dtype(centers))
+    return _State(means, jnp.zeros_like(means), jnp.zeros(centers.shape[0], jnp.int32))
 
 
 @_placement.any_mesh(_placement.everywhere)
@@ -84,16 +98,16 @@ def _unseen(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(unseen, dtype=jnp.int32), _placement.whole(_placement.mesh_of(counts), first)
 
 
-@_placement.any_mesh(_placed, donate_argnums=(0, 1))
-def _add(
-    means: jax.Array, counts: jax.Array, x: jax.Array, labels: jax.Array, used: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+@_placement.any_mesh(_placed, donate_argnums=0)
+def _add(state: _State, batch: _batch.Batch) -> _State:
+    means, rest, counts = state
+    x, labels, used, _ = batch
     mesh = _placement.mesh_of(means, x, labels)
     labels, used, x = _table.gather_batch(None, mesh, labels, used, x)
     x = x.astype(_table.compute_dtype(x, means))
-    slot, classes = _table.slots(labels, used, means.shape[0])
+    slot, classes = _groups.slots(labels, used, means.shape[0])
     number = classes.shape[0]
-    new = _table.sum_by_slot(jnp.ones(slot.shape, jnp.int32), slot, number)
+    new = _groups.sum_by_slot(jnp.ones(slot.shape, jnp.int32), slot, number)
     classes = jnp.where(new > 0, classes, means.shape[0])
     before = _table.rows_of(counts, classes)
     # A class that is new starts from one of its samples: from the old center, which may lie anywhere, digits
@@ -102,6 +116,16 @@ def _add(
     sample = jnp.zeros(number, jnp.int32).at[slot].max(position, mode="drop")
     start = jnp.where((before > 0)[:, None], _table.rows_of(means, classes).astype(x.dtype), x[sample])
     difference = x - start.at[slot].get(mode="clip")
-    sums = _table.sum_by_slot(difference, slot, number)
-    moved = start + sums / jnp.maximum(before + new, 1).astype(x.dtype)[:, None]
-    return _table.write_rows(means, classes, moved), _table.add_rows(counts, classes, new)
+    sums = _groups.sum_by_slot(difference, slot, number)
+    # The mean is start + lost. A step below half a unit of start is not lost either.
+    lost = _table.rows_of(rest, classes).astype(x.dtype)
+    share = 1 / jnp.maximum(before + new, 1).astype(x.dtype)
+    step = lost + share[:, None] * (sums - new.astype(x.dtype)[:, None] * lost)
+    moved = (start + step).astype(means.dtype)
+    added = moved.astype(x.dtype) - start
+    lost = (step - added) + (start - (moved.astype(x.dtype) - added))
+    return _State(
+        _table.write_rows(means, classes, moved),
+        _table.write_rows(rest, classes, lost),
+        _table.add_rows(counts, classes, new),
+    )

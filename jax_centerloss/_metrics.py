@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_centerloss import _checks, _distances, _loss, _placement, _table
+from jax_centerloss import _batch, _checks, _distances, _groups, _loss, _placement, _table
+from jax_centerloss._batch import Batch
 from jax_centerloss._table import AxisName
 
 _OTHER_CLASSES = 1024  # Among which the nearest other center is looked for, at most.
@@ -19,12 +20,14 @@ def center_metrics(
     labels: ArrayLike,
     *,
     where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     previous: Any = None,
     axis_name: AxisName = None,
 ) -> dict[str, jax.Array]:
     """How compact the classes of a batch are, how far apart, and whether their centers move.
 
-    All distances are Euclidean, not squared, and so comparable with each other: training works if
+    All distances are Euclidean, not squared, and so comparable with each other (their derivative where they
+    are 0 is taken to be 0): training works if
     `own_distance` falls below `gap`. Centers that stand still show in `moved`, which is then far smaller
     than `own_distance`; mostly their step is scaled by the weight of the loss, see `with_center_optimizer`.
 
@@ -40,7 +43,10 @@ def center_metrics(
       labels: integer classes `(...)`. Negative ones are ignored; one that is `>= C` raises where its value is
         known and makes the distances NaN under `jit`.
       where: boolean `(...)`, the samples to use; all by default.
-      previous: earlier centers, in the form of `params`: a copy taken some steps ago, say one epoch.
+      weights: real numbers `(...)`, not negative, one for each sample: a weight of k counts as k samples, 0
+        as none. A negative one raises where its value is known; under `jit` it makes the distances NaN.
+      previous: earlier centers, in the form of `params`: a copy taken some steps ago, say one epoch. The
+        centers themselves are refused, such as the state of the very NNX module, which follows it.
       axis_name: inside `shard_map`, `pmap` or `vmap`, the mapped axis (or axes) that the batch is spread
         over: means and numbers are then over the whole batch.
 
@@ -56,9 +62,10 @@ def center_metrics(
       with `previous`.
 
     Raises:
-      ValueError: on a shape that does not fit, or a known label `>= C`.
-      TypeError: on features or centers that are not floating point, labels that are not integers, or a
-        `where` that is not boolean.
+      ValueError: on a shape that does not fit, a known label `>= C` or negative weight, or a `previous` that
+        is no earlier table.
+      TypeError: on features or centers that are not floating point, labels that are not integers, a `where`
+        that is not boolean, or what is no array at all.
 
     Example:
       >>> import jax.numpy as jnp, jax_centerloss
@@ -69,45 +76,47 @@ def center_metrics(
       {'classes_seen': 1.0, 'gap': 7.27, 'moved': 1.41, 'own_distance': 2.0}
     """
     centers = _checks.table(params)
-    x, labels, used = _checks.batch(x, labels, where, centers)
+    batch = _batch.batch(x, labels, where, weights, centers)
     if previous is not None:
-        previous = _checks.previous(previous, centers)
-    metrics: dict[str, jax.Array] = _metrics(centers, x, labels, used, previous, axis_name=axis_name)
+        previous = _checks.previous(params, previous, centers)
+    metrics: dict[str, jax.Array] = _metrics(centers, batch, previous, axis_name=axis_name)
     return metrics
 
 
 @_placement.any_mesh(_placement.everywhere, static_argnames="axis_name")
 def _metrics(
-    centers: jax.Array,
-    x: jax.Array,
-    labels: jax.Array,
-    used: jax.Array,
-    previous: jax.Array | None,
-    *,
-    axis_name: AxisName,
+    centers: jax.Array, batch: Batch, previous: jax.Array | None, *, axis_name: AxisName
 ) -> dict[str, jax.Array]:
+    x, labels, used, weights = batch
+    if weights is not None:
+        used = used & (weights != 0)
+    # Before any root, whose derivative at NaN would not be masked any more.
+    x = jnp.where(used[..., None], x, jnp.zeros((), x.dtype))
     rows, known = _table.read_rows(centers, labels, x)
-    own = jnp.sqrt(_loss.squared_distance(x.astype(rows.dtype), rows, known, used))
+    own = _distances.root(_loss.squared_distance(x.astype(rows.dtype), rows, known, used))
     own = jnp.where(known, own, np.full((), np.nan, rows.dtype))
     gap = _nearest_other(centers, x, labels) - own
-    metrics = {"own_distance": _loss.mean(own, used, axis_name), "gap": _loss.mean(gap, used, axis_name)}
+    metrics = {
+        "own_distance": _loss.mean(own, used, weights, axis_name),
+        "gap": _loss.mean(gap, used, weights, axis_name),
+    }
 
     mesh = _placement.mesh_of(centers, x, labels)
     labels, used = _table.gather_batch(axis_name, mesh, labels, used & known)
-    slot, classes = _table.slots(labels, used, centers.shape[0])
-    seen = _table.sum_by_slot(jnp.ones(slot.shape, jnp.int32), slot, classes.shape[0]) > 0
+    slot, classes = _groups.slots(labels, used, centers.shape[0])
+    seen = _groups.sum_by_slot(jnp.ones(slot.shape, jnp.int32), slot, classes.shape[0]) > 0
     metrics["classes_seen"] = _loss.count(seen)
     if previous is not None:
         dtype = _table.compute_dtype(centers, previous)
         now, then = (_table.rows_of(table, classes).astype(dtype) for table in (centers, previous))
-        metrics["moved"] = _loss.mean(jnp.sqrt(jnp.sum((now - then) ** 2, axis=-1)), seen)
+        metrics["moved"] = _loss.mean(_distances.root(jnp.sum((now - then) ** 2, axis=-1)), seen)
     return metrics
 
 
 def _nearest_other(centers: jax.Array, x: jax.Array, labels: jax.Array) -> jax.Array:
     """The distance of each sample to the nearest center of another class, among some of them."""
     classes, some = _table.sample(centers, _OTHER_CLASSES)
-    distances = jnp.sqrt(_distances.distances_to(some, x, precision="highest"))
+    distances = _distances.root(_distances.distances_to(some, x, precision="highest"))
     classes = classes.astype(labels.dtype).reshape((1,) * labels.ndim + (-1,))
     other = (labels[..., None] != classes) & jnp.logical_not(jnp.isnan(distances))
     return jnp.min(jnp.where(other, distances, np.full((), np.inf, distances.dtype)), axis=-1)

@@ -1,6 +1,7 @@
 """Where arrays lie on a mesh of devices: the one place that knows the kinds of axes."""
 
 import math
+import operator
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -8,9 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
+
+OutSharding = NamedSharding | P | Format  # Where a table is asked to lie.
 
 
 def mesh_of(*arrays: ArrayLike) -> AbstractMesh | None:
@@ -59,10 +63,20 @@ def along(x: jax.Array, array: jax.Array) -> jax.Array:
 
 
 def beside(centers: jax.Array, leaf: jax.Array) -> jax.Array:
-    """`leaf`, if it is a scalar, on all devices of concrete centers, where the first step would put it."""
-    if isinstance(centers, jax.core.Tracer) or not isinstance(centers.sharding, NamedSharding) or leaf.ndim:
-        return leaf
-    placed: jax.Array = jax.device_put(leaf, NamedSharding(centers.sharding.mesh, P()))
+    """What belongs to concrete centers where the first step would put it: a scalar on all of their devices.
+
+    A table of their shape is laid out in memory as they are.
+    """
+    placed = leaf
+    if any(isinstance(a, jax.core.Tracer) or not isinstance(a, jax.Array) for a in (centers, leaf)):
+        return placed
+    if not leaf.ndim:
+        if isinstance(centers.sharding, NamedSharding):
+            placed = jax.device_put(leaf, NamedSharding(centers.sharding.mesh, P()))
+    elif leaf.shape == centers.shape:
+        lies: Any = operator.attrgetter("format.layout.major_to_minor")  # Not in the types of `jax.Array`.
+        if lies(leaf) != (order := lies(centers)):
+            placed = jax.device_put(leaf, Format(Layout(order), leaf.sharding))
     return placed
 
 
@@ -99,12 +113,14 @@ def _explicit(mesh: AbstractMesh | Mesh) -> tuple[Any, ...]:
     return tuple(name for name, kind in kinds if kind is AxisType.Explicit)
 
 
-def drawn(draw: Callable[[jax.Array], Any], key: jax.Array, sharding: NamedSharding) -> Any:
+def drawn(draw: Callable[[jax.Array], Any], key: jax.Array, placed: NamedSharding | Format) -> Any:
     """`draw(key)`, of which every device draws its own part."""
-    if explicit := _explicit(sharding.mesh):
+    sharding = placed.sharding if isinstance(placed, Format) else placed
+    explicit = _explicit(sharding.mesh) if isinstance(sharding, NamedSharding) else ()
+    if explicit:
         # Else the table would be Explicit, and so whole on every device, until it is done.
         draw = jax.sharding.auto_axes(draw, axes=explicit, out_sharding=sharding)
-    return jax.jit(draw, out_shardings=sharding)(key)
+    return jax.jit(draw, out_shardings=placed)(key)
 
 
 def whole(mesh: AbstractMesh | None, array: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_centerloss import _checks
+from jax_centerloss import _batch, _checks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,8 +71,8 @@ def plot(
             f"plot draws features of two dimensions, got {centers.shape[1]}. Project features and centers "
             "first, for example with sklearn.decomposition.PCA(2)."
         )
-    then = None if previous is None else np.asarray(_checks.previous(previous, centers), np.float64)
-    x, labels, used = _checks.batch(x, labels, where, centers)
+    then = None if previous is None else np.asarray(_checks.previous(params, previous, centers), np.float64)
+    x, labels, used, _ = _batch.batch(x, labels, where, None, centers)
     # NumPy from here on: a picture is made on the host, wherever the arrays lie.
     table, points = np.asarray(centers, np.float64), np.asarray(x, np.float64).reshape(-1, 2)
     drawn = np.asarray(used).ravel() & np.isfinite(points).all(-1)

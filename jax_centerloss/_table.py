@@ -12,12 +12,9 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AbstractMesh
 from jax.typing import ArrayLike
 
-from jax_centerloss import _placement
+from jax_centerloss import _groups, _placement, _rounding
 
 AxisName = Hashable | None
-
-NO_SLOT = np.iinfo(np.int32).max
-_HASH_START, _HASH_STEP = 1640531527, 747796405  # Odd, of mixed bits.
 
 
 def compute_dtype(*arrays: jax.Array) -> Any:
@@ -54,14 +51,35 @@ def _rows_at_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         return rows, jnp.zeros_like(rows)
     mesh = _placement.mesh_of(centers, index, x)
     index = _placement.whole(mesh, index)
-    moved = (
-        tangents[0]
-        .astype(rows.dtype)  # Before the read: its transpose, a sum over samples, then is in it.
-        .at[index]
-        .get(mode="promise_in_bounds", out_sharding=_placement.sharding_of(index[..., None], centers))
-    )
+    # In this dtype before the read: so is its transpose then, a sum over samples.
+    tangent = tangents[0].astype(rows.dtype)
+    if mesh is not None and jax.__version_info__ < (0, 10):
+        # Of a choice by platform JAX 0.7 takes no gradient on Explicit axes: they get the default one's.
+        moved = _tangent_rows(tangent, index, platform=jax.default_backend())
+    else:
+        moved = _groups.by_platform(_tangent_rows, tangent, index)
     (moved,) = jax.linear_transpose(partial(_placement.whole, mesh), rows)(moved)
     return rows, moved
+
+
+def _tangent_rows(tangent: jax.Array, index: jax.Array, *, platform: str) -> jax.Array:
+    """`tangent[index]`, the transpose of which sums by class in the way of the platform."""
+    placed = _placement.sharding_of(index[..., None], tangent)
+    if platform != "gpu":
+        return tangent.at[index].get(mode="promise_in_bounds", out_sharding=placed)
+    flat = index.reshape(-1)
+    groups = _groups.group(flat, jnp.ones_like(flat, jnp.bool_), tangent.shape[0], platform)
+    rows = tangent.at[_once(tangent, groups.classes)].get(
+        mode="fill",
+        fill_value=0,
+        unique_indices=True,
+        out_sharding=_placement.sharding_of(flat[..., None], tangent),
+    )
+    # Each group's row given to all of its samples: what sums them, backwards.
+    like = jnp.broadcast_to(flat[:, None], (flat.size, tangent.shape[1])).astype(tangent.dtype)
+    (rows,) = jax.linear_transpose(groups.sum, like)(rows)
+    spread: jax.Array = rows.reshape(*index.shape, tangent.shape[1])
+    return spread
 
 
 def sample(centers: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
@@ -92,71 +110,6 @@ def _over_axis(axis_name: AxisName, a: jax.Array) -> jax.Array:
     return total.astype(a.dtype)
 
 
-@partial(jax.jit, static_argnums=2)  # Else every call outside of jit would compile the search anew.
-def slots(labels: jax.Array, used: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
-    """One slot for each class of a flat batch, however often the class stands in it.
-
-    There are as many as samples, or as classes if these are fewer. Returns the slot of each sample, `NO_SLOT`
-    where it is not used, and the class that each slot would hold.
-    """
-    if _at_most(num_classes, labels.size):
-        slot, classes = labels, jnp.arange(num_classes, dtype=labels.dtype)
-    else:
-        # One batch after the other under vmap: checkify knows no while loop that is mapped.
-        search = jax.custom_batching.sequential_vmap(partial(_representatives, num_classes=num_classes))
-        slot, classes = search(labels, used), labels
-    return jnp.where(used, slot, NO_SLOT).astype(jnp.int32), classes
-
-
-def _representatives(labels: jax.Array, used: jax.Array, num_classes: int) -> jax.Array:
-    """For each used sample the position of the last used one of its class, in a flat batch.
-
-    Samples meet in a hash table, where the last one to arrive at a place wins it for its class. Those of the
-    other classes there try again at another place. No sorting, and no array as long as there are classes.
-    """
-    size = labels.size + 1 + labels.size % 2  # Odd: every bit of a label counts in the remainder.
-    direct = _at_most(num_classes, size)
-    position = jnp.arange(labels.size, dtype=jnp.int32)
-    labels = labels.astype(jnp.int32)
-
-    def meet(found: jax.Array, factor: jax.Array) -> jax.Array:
-        waiting = found < 0
-        # The product wraps around, which is what mixes the bits.
-        place = (
-            labels
-            if direct
-            else ((labels * factor).astype(jnp.uint32) % jnp.asarray(size, jnp.uint32)).astype(jnp.int32)
-        )
-        # The greatest, not any: the choice is then the same on every platform and in every run.
-        table = jnp.zeros(size, jnp.int32).at[jnp.where(waiting, place, size)].max(position, mode="drop")
-        winner = table.at[jnp.where(waiting, place, 0)].get(mode="promise_in_bounds")
-        met = waiting & (labels.at[winner].get(mode="promise_in_bounds") == labels)
-        return jnp.where(met, winner, found)
-
-    found = meet(jnp.where(used, -1, position), jnp.int32(_HASH_START))
-    if direct:
-        return found
-
-    def again(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        found, factor = state
-        return meet(found, factor), factor * jnp.int32(_HASH_STEP)
-
-    start = found, jnp.int32(_HASH_STEP)
-    return lax.while_loop(lambda state: jnp.any(state[0] < 0), again, start)[0]
-
-
-def _at_most(number: Any, limit: Any) -> bool:
-    """Whether it is known to be; in an exported program a size may be a name."""
-    return isinstance(number, int) and isinstance(limit, int) and number <= limit
-
-
-def sum_by_slot(values: jax.Array, slot: jax.Array, number: int) -> jax.Array:
-    """Sums of `values`, whose first axis is the samples', for slots 0 to `number`; the rest is left out."""
-    # A negative index would wrap around.
-    target = jnp.where((slot >= 0) & (slot < number), slot, number)
-    return jnp.zeros((number, *values.shape[1:]), values.dtype).at[target].add(values, mode="drop")
-
-
 def rows_of(table: ArrayLike, classes: jax.Array) -> jax.Array:
     """The rows of `classes`, zero for one that is not in the table. For a read that the write depends on."""
     table = jnp.asarray(table)
@@ -165,27 +118,46 @@ def rows_of(table: ArrayLike, classes: jax.Array) -> jax.Array:
     return jnp.where(there, rows, jnp.zeros((), rows.dtype))
 
 
-def add_rows(table: jax.Array, classes: jax.Array, steps: jax.Array) -> jax.Array:
+def add_rows(
+    table: jax.Array, classes: jax.Array, steps: jax.Array, seed: jax.Array | None = None
+) -> jax.Array:
     """`table` with `steps` added to the rows of `classes`, each of which stands there once."""
     if table.dtype == steps.dtype:
-        return table.at[classes].add(steps, mode="drop")
+        return table.at[_once(table, classes)].add(steps, mode="drop", unique_indices=True)
     # Added in the precision of the steps, and rounded once.
-    return write_rows(table, classes, rows_of(table, classes).astype(steps.dtype) + steps)
+    return write_rows(table, classes, rows_of(table, classes).astype(steps.dtype) + steps, seed)
 
 
-def write_rows(table: ArrayLike, classes: jax.Array, rows: jax.Array) -> jax.Array:
-    """`table` with `rows` at `classes`, each of which stands there once; one not in the table is dropped."""
+def write_rows(
+    table: ArrayLike, classes: jax.Array, rows: jax.Array, seed: jax.Array | None = None, number: int = 0
+) -> jax.Array:
+    """`table` with `rows` at `classes`, each of which stands there once; one not in the table is dropped.
+
+    With a seed, rows in half precision are rounded stochastically. Tables of one seed differ in `number`.
+    """
     table = jnp.asarray(table)
-    return table.at[classes].set(rows.astype(table.dtype), mode="drop")
+    rows = _rounding.round_rows(rows, classes, table.dtype, seed, number)
+    return table.at[_once(table, classes)].set(rows, mode="drop", unique_indices=True)
 
 
-def always(after: Any) -> jax.Array:
-    """True, but only known once every leaf of `after` has been computed.
+def _once(table: jax.Array, classes: jax.Array) -> jax.Array:
+    """`classes` with another index beyond the table for each that is not in it: GPUs then need no atomics."""
+    number = table.shape[0] + classes.shape[0]
+    if isinstance(number, int) and number > 2**31:
+        raise ValueError(f"classes and samples have to be at most 2**31 together, got {number:,}.")
+    beyond = table.shape[0] + jnp.arange(classes.shape[0], dtype=jnp.int32)
+    return jnp.where(classes < table.shape[0], classes, beyond)
+
+
+def always(after: Any, axis_name: AxisName = None) -> jax.Array:
+    """True, but only known once every leaf of `after` has been computed, on every device of the mapped axis.
 
     XLA drops an optimization barrier before it orders reads and writes; a value that it can't fold stays.
     """
     true = jnp.ones((), jnp.bool_)
     for leaf in jax.tree.leaves(after):
         total = jnp.sum(jnp.asarray(leaf).astype(jnp.float32))
+        if axis_name is not None:  # Else shard_map would not know that the centers stay the same everywhere.
+            total = lax.psum(total, axis_name)
         true = true & (jnp.isnan(total) | (total == total))
     return true

@@ -1,6 +1,8 @@
 """Centers from and to PyTorch."""
 
 import os
+import pickle  # For the error that PyTorch's safe loader raises; nothing is unpickled here.
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,31 +10,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_centerloss import _checks, _torch_file
+from jax_centerloss import _checks
 
 _SHOWN = 50  # Tensors that an error lists.
 
 Source = Mapping[str, Any] | str | os.PathLike[str]
 
 
-def from_torch(source: Source, *, key: str = "centers") -> dict[str, jax.Array]:
-    """Centers from a PyTorch state dict.
+def from_torch(source: Source | Any, *, key: str = "centers") -> dict[str, jax.Array]:
+    """Centers from a PyTorch state dict, checkpoint, parameter or tensor.
 
     Args:
-      source: a mapping such as `module.state_dict()` (tensors or arrays), or the path of a file: `.pt` or
-        `.pth` as PyTorch writes it since 1.6, of which only tensors are read, so that no code in it runs, or
-        `.safetensors` (needs safetensors). Neither needs torch.
-      key: the name of the centers in it; `"center_loss.centers"` for a submodule, say.
+      source: a mapping such as `module.state_dict()`, of tensors or arrays; a tensor; or the path of a file
+        that holds one of them. A file whose name ends in `.safetensors` is read by the safetensors library,
+        any other, whatever its ending, by `torch.load(..., weights_only=True)`, which needs torch.
+      key: the name of the centers, `"center_loss.centers"` for a submodule, say. It leads into nested
+        checkpoints, too: `"state_dict.center_loss.centers"`. Of a bare tensor it is not asked.
 
     Returns:
-      `{"centers": array}`, the array of shape `(C, D)` in the tensor's dtype (float64 becomes float32 unless
+      `{"centers": array}`, a copy of shape `(C, D)` in the tensor's dtype (float64 becomes float32 unless
       `jax_enable_x64` is on).
 
     Raises:
       KeyError: if `key` is not there; the message lists what is.
-      ValueError: if the tensor is not a `(C, D)` table, the file's name has another ending, or the file is
-        broken or forged.
-      TypeError: if the tensor is not floating point, or `source` is neither a mapping nor a path.
+      ValueError: if the tensor is not a `(C, D)` table, or the file can't be read: it is broken, or holds
+        more than tensors and plain containers, as a module does that was saved as a whole.
+      TypeError: if the tensor is not floating point, or `source` is nothing of the kind.
+      ImportError: if torch or safetensors is needed and not there.
 
     Example:
       >>> import numpy as np, jax_centerloss
@@ -41,31 +45,32 @@ def from_torch(source: Source, *, key: str = "centers") -> dict[str, jax.Array]:
       (10, 2)
     """
     if isinstance(source, str | os.PathLike):
-        source = _torch_file.load(os.fspath(source), key)
-    if not isinstance(source, Mapping):
-        raise TypeError(
-            f"source must be a mapping or the path of a file, got {type(source).__name__}. For a module pass "
-            "`module.state_dict()`."
-        )
-    held = ", ".join(_describe(name, value) for name, value in [*source.items()][:_SHOWN]) or "nothing"
-    if len(source) > _SHOWN:
-        held += f" and {len(source) - _SHOWN} more"
-    if key not in source:
-        raise KeyError(
-            f"no {key!r} in the state dict, which holds: {held}. Name the centers with `key=`, or pass the "
-            "state dict inside the checkpoint."
+        source = _load(os.fspath(source), key)
+    if isinstance(source, Mapping):
+        tensors = _tensors(source)
+        held = f"; the state dict holds: {_listed(tensors)}."
+        if key not in tensors:
+            alike = [name for name in tensors if name.split(".")[-1] == key.split(".")[-1]]
+            advice = f", perhaps `key={alike[0]!r}`" if alike else ""
+            raise KeyError(
+                f"no {key!r} in the state dict, which holds: {_listed(tensors)}. Name the centers with "
+                f"`key=`{advice}."
+            )
+        name, tensor = repr(key), tensors[key]
+    else:
+        name, tensor = "source", source
+        held = (
+            f", a mapping such as `module.state_dict()` or the path of a file, got {type(source).__name__}."
         )
     try:
-        array = _numpy(source[key])
+        array = _copied(tensor)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise TypeError(f"{key!r} must be a tensor; the state dict holds: {held}.") from error
+        raise TypeError(f"{name} must be a tensor{held}") from error
     if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"{key!r} must have shape (C, D), got {array.shape}; the state dict holds: {held}.")
+        raise ValueError(f"{name} must have shape (C, D), got {array.shape}{held}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"{key!r} must be floating point, got {array.dtype.name}; the state dict holds: {held}."
-        )
-    return {"centers": jnp.array(array)}
+        raise TypeError(f"{name} must be floating point, got {array.dtype.name}{held}")
+    return {"centers": jnp.asarray(array)}
 
 
 def to_torch(params: Any) -> dict[str, Any]:
@@ -95,19 +100,86 @@ def to_torch(params: Any) -> dict[str, Any]:
     return {"centers": tensor.bfloat16() if centers.dtype == jnp.bfloat16 else tensor}
 
 
-def _describe(name: str, value: Any) -> str:
-    if hasattr(value, "dtype"):
+def _load(path: str, key: str) -> Any:
+    """What the file holds. Of safetensors only the tensor named `key` is read."""
+    os.stat(path)  # One that is not there raises as it does everywhere.
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path!r} is a folder: pass the file in it that holds the centers.")
+    if path.lower().endswith(".safetensors"):
+        return _safetensors(path, key)
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"reading {path!r} needs torch. Without it, pass arrays, or a .safetensors file."
+        ) from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"since it holds {found[1]}" if found else "since it is no pickle of tensors"
+        raise ValueError(
+            f"{path!r} can't be read: PyTorch's safe loader refuses it, {reason}. If a whole module was "
+            "saved by `torch.save(net, path)`, save `net.state_dict()` instead. If it is a checkpoint with "
+            "other objects beside the tensors, and you trust it, pass what "
+            "`torch.load(path, weights_only=False)` returns."
+        ) from error
+    except (RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path!r} can't be read: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _safetensors(path: str, key: str) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) if name == key else _Unread(file, name) for name in names}
+    except (SafetensorError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path!r} can't be read: {type(error).__name__}: {_first_line(error)}") from error
+
+
+class _Unread:
+    """Shape and dtype of a tensor that was not read: it may be large, or of a dtype that NumPy has not."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        part = file.get_slice(name)
+        self.shape, self.dtype = part.get_shape(), part.get_dtype()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
+
+
+def _tensors(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What nested mappings hold, by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in mapping.items():
+        if isinstance(value, Mapping):
+            found |= _tensors(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _listed(tensors: dict[str, Any]) -> str:
+    listed = ", ".join(_described(name, value) for name, value in [*tensors.items()][:_SHOWN]) or "nothing"
+    return listed + (f" and {len(tensors) - _SHOWN} more" if len(tensors) > _SHOWN else "")
+
+
+def _described(name: str, value: Any) -> str:
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return f"{name} ({type(value).__name__})"
 
 
-def _numpy(value: Any) -> np.ndarray[Any, Any]:
+def _copied(value: Any) -> np.ndarray[Any, Any]:
+    """The numbers of a tensor or array: a copy, since a module goes on to train in its own memory."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         # NumPy has no bfloat16 of its own, and torch refuses the conversion.
         half = str(value.dtype) == "torch.bfloat16"
-        array: np.ndarray[Any, Any] = value.float().numpy().astype(jnp.bfloat16) if half else value.numpy()
-        return array
+        return value.float().numpy().astype(jnp.bfloat16) if half else np.array(value.numpy())
     if not hasattr(value, "dtype"):
         raise TypeError("not a tensor")
-    return np.asarray(value)
+    return np.array(value)

@@ -1,19 +1,21 @@
 """How centers move by rule: no gradient through the model, no step scaled by the loss's weight."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jax_centerloss import _checks, _loss, _placement, _table
+from jax_centerloss import _batch, _checks, _groups, _loss, _placement, _rounding, _table
+from jax_centerloss._batch import Batch
+from jax_centerloss._checks import Clip, ReduceFn
+from jax_centerloss._pulls import Pulls, Samples, look, pull
 from jax_centerloss._table import AxisName
 
-RULES = ("paper", "gradient")
-_BLOCK = 2**19  # Numbers in a block of sums.
+RULES = ("paper", "gradient", "mean")
+AFTER = "Pass the loss, or a tree of what is computed from the centers."
 
 
 def update_centers(
@@ -24,8 +26,10 @@ def update_centers(
     alpha: float | jax.Array = 0.5,
     rule: str = "paper",
     where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     axis_name: AxisName = None,
     after: Any = None,
+    rounding_key: jax.Array | None = None,
 ) -> Any:
     """Moves the centers of the batch's classes towards their features.
 
@@ -33,7 +37,11 @@ def update_centers(
 
       `"paper"`: `c_j - alpha * sum(c_j - x) / (1 + n_j)`, the paper's Eq. 4;
       `"gradient"`: `c_j - alpha * 2 * sum(c_j - x) / N`, plain gradient descent on `center_loss`, the mean
-      with its default `clip`.
+      with its default `clip`;
+      `"mean"`: `c_j - alpha * sum(c_j - x) / n_j`, alpha of the way to the class's mean in the batch, as a
+      moving average of class means goes.
+
+    With `weights`, each sample counts as so many in the sums, in `n_j` and in N.
 
     Call it with the features of the step; `jax.lax.stop_gradient` is not needed. Under `jit`, donate the
     centers so that they are written in place.
@@ -44,21 +52,29 @@ def update_centers(
       labels: integer classes `(...)`. Negative ones are ignored; one that is `>= C` raises where its value
         is known and is left out under `jit`.
       alpha: the rate of the centers, 0.5 in the paper; `schedule(step)`, say, for one that changes.
-      rule: `"paper"` or `"gradient"`.
+      rule: `"paper"`, `"gradient"` or `"mean"`.
       where: boolean `(...)`, the samples to use; all by default.
+      weights: real numbers `(...)`, not negative, one for each sample: a weight of k counts as k samples, 0
+        as none. A negative one raises where its value is known; under `jit` it makes its center NaN.
       axis_name: inside `shard_map`, `pmap` or `vmap`, the mapped axis (or axes) that the batch is spread
         over: counts and sums are then over the whole batch.
       after: a pytree, typically the loss, that is computed before the centers are written. Pass whatever
         the same jitted program computes from the centers: XLA may put a read that is not in it behind the
-        write, on a copy of the whole table. With `axis_name`, it has to be the same on every device.
+        write, on a copy of the whole table.
+      rounding_key: a PRNG key, another one for each step, that rounds moved rows of bfloat16 or float16
+        centers stochastically: on average a center then moves by its exact step. Without it, or with one key
+        for all steps, a step below half a unit in the last place is lost, and centers may stop short of
+        their features. float32 centers need none, and one changes nothing.
 
     Returns:
       Moved centers, in the tree structure and dtype of `params`. Rows of other classes keep their bits.
 
     Raises:
-      ValueError: on an unknown `rule`, a shape that does not fit, or a known label `>= C`.
-      TypeError: on features or centers that are not floating point, labels that are not integers, or a
-        `where` that is not boolean.
+      ValueError: on an unknown `rule`, a shape that does not fit, several keys, or a known label `>= C` or
+        negative weight.
+      TypeError: on features or centers that are not floating point, labels that are not integers, a `where`
+        that is not boolean, an `alpha` that is a schedule, a `rounding_key` that is no key, or what is no
+        array at all.
 
     Example:
       >>> import jax.numpy as jnp, jax_centerloss
@@ -71,103 +87,103 @@ def update_centers(
       Wen et al, A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016
       (https://doi.org/10.1007/978-3-319-46478-7_31).
     """
+    return by_rule(
+        params,
+        x,
+        labels,
+        alpha=alpha,
+        rule=rule,
+        where=where,
+        weights=weights,
+        axis_name=axis_name,
+        after=after,
+        rounding_key=rounding_key,
+        clip=_loss.CLIP,
+        reduce_fn=jnp.mean,
+        differentiable=True,
+    )
+
+
+def by_rule(
+    params: Any,
+    x: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: float | jax.Array,
+    rule: str,
+    where: ArrayLike | None,
+    weights: ArrayLike | None,
+    axis_name: AxisName,
+    after: Any,
+    rounding_key: jax.Array | None,
+    clip: Clip,
+    reduce_fn: ReduceFn,
+    differentiable: bool = False,
+) -> Any:
+    """`update_centers`, whose `"gradient"` is that of the loss with any `clip`, as a mean or as a sum."""
     centers = _checks.table(params)
-    batch = _checks.batch(x, labels, where, centers)
+    batch = _batch.batch(x, labels, where, weights, centers)
     _checks.choice("rule", rule, RULES)
-    _checks.scalar("alpha", alpha)
-    moved = _moved(centers, *batch, jnp.asarray(alpha), after, rule=rule, axis_name=axis_name)
+    rate = _checks.scalar("alpha", alpha)
+    after = _checks.arrays("after", after, AFTER)
+    seed = _rounding.seed_of(_checks.key("rounding_key", rounding_key), centers)
+    if not differentiable:
+        centers, batch, after = lax.stop_gradient((centers, batch, after))
+    moved = _moved(
+        centers,
+        batch,
+        rate,
+        after,
+        seed,
+        rule=rule,
+        axis_name=axis_name,
+        clip=_checks.clip_range(clip),
+        summed=reduce_fn is jnp.sum,
+    )
     return jax.tree.unflatten(jax.tree.structure(params), [moved])
 
 
-@_placement.any_mesh(_placement.as_table, static_argnames=("rule", "axis_name"))
+@_placement.any_mesh(_placement.as_table, static_argnames=("rule", "axis_name", "clip", "summed"))
 def _moved(
     centers: jax.Array,
-    x: jax.Array,
-    labels: jax.Array,
-    used: jax.Array,
+    batch: Batch,
     alpha: jax.Array,
     after: Any,
+    seed: jax.Array | None,
     *,
-    rule: str,
     axis_name: AxisName,
+    **options: Any,
 ) -> jax.Array:
-    pulls = pull(centers, x, labels, used, after, rule=rule, axis_name=axis_name)
-    rates = alpha.astype(pulls.scale.dtype) * pulls.scale
-    number, block = pulls.classes.shape[0], max(1, _BLOCK // centers.shape[1])
-    if not isinstance(number, int) or number <= block:
-        block = number
-    moved: jax.Array = (
-        _move(centers, pulls, rates, block=number)
-        if block == number
-        else lax.platform_dependent(
-            centers, pulls, rates, cpu=partial(_move, block=block), default=partial(_move, block=number)
-        )
-    )
+    samples = look(centers, batch, after, axis_name)
+    moved: jax.Array = _groups.by_platform(partial(_move, **options), centers, samples, alpha, seed)
     return moved
 
 
-@partial(jax.jit, static_argnames="block")  # Apart from what makes its inputs, it takes fewer temporaries.
-def _move(centers: jax.Array, pulls: "Pulls", rates: jax.Array, *, block: int) -> jax.Array:
-    """The centers after the sum of each class's differences, times its rate, is added to it.
+def _move(
+    centers: jax.Array,
+    samples: Samples,
+    alpha: jax.Array,
+    seed: jax.Array | None,
+    *,
+    platform: str,
+    **options: Any,
+) -> jax.Array:
+    pulls = pull(centers, samples, platform=platform, **options)
+    pulls = pulls._replace(scale=alpha.astype(pulls.scale.dtype) * pulls.scale)
+    if platform == "cpu" and (size := pulls.block_size()):
+        moved: jax.Array = _move_blocks(centers, pulls, seed, size=size)
+        return moved
+    return _table.add_rows(centers, pulls.classes, pulls.scale[:, None] * pulls.sums(), seed)
 
-    Block by block of classes, on CPUs, the sums stay in the cache, and less memory is taken anew in each
-    step; on other platforms every block would cost as much as all of them.
-    """
-    number = pulls.classes.shape[0]
-    blocks = 1 if number == block else -(-number // block)
-    spare = blocks * block - number
-    classes = jnp.pad(pulls.classes, (0, spare), constant_values=centers.shape[0])
-    rates = jnp.pad(rates, (0, spare))
+
+@partial(jax.jit, static_argnames="size")  # Apart from what makes its inputs, it takes fewer temporaries.
+def _move_blocks(centers: jax.Array, pulls: Pulls, seed: jax.Array | None, *, size: int) -> jax.Array:
+    """The centers after the sum of each class's differences, times its rate, is added to it, by blocks."""
+    blocks, block = pulls.blocks(size)
 
     def move(i: ArrayLike, centers: jax.Array) -> jax.Array:
-        start = jnp.asarray(i, jnp.int32) * block
-        sums = _table.sum_by_slot(pulls.difference, pulls.slot - start, block)
-        mine, rate = (lax.dynamic_slice_in_dim(a, start, block) for a in (classes, rates))
-        return _table.add_rows(centers, mine, rate[:, None] * sums)
+        return _table.add_rows(centers, *block(i), seed)
 
     # The first block stands outside: inside shard_map it settles over which axes the result varies.
-    centers = move(0, centers)
-    return centers if blocks == 1 else lax.fori_loop(1, blocks, move, centers)
-
-
-class Pulls(NamedTuple):
-    """What a batch asks: class `classes[s]` to move by `scale[s]` times the sum of its differences."""
-
-    difference: jax.Array  # (N, D), x - c.
-    slot: jax.Array  # (N,), of the sample's class; out of range where the sample moves nothing.
-    classes: jax.Array  # (S,), C for a slot without a class.
-    scale: jax.Array  # (S,), NaN for a class whose distances are no numbers.
-
-
-def pull(
-    centers: jax.Array,
-    x: jax.Array,
-    labels: jax.Array,
-    used: jax.Array,
-    after: Any,
-    *,
-    rule: str,
-    axis_name: AxisName,
-) -> Pulls:
-    """What the batch asks of the centers by `rule`, for a rate of one: whole on every device."""
-    rows, known = _table.read_rows(centers, labels, x)
-    dtype = rows.dtype
-    x = x.astype(dtype)
-    # The very terms of `center_loss`, which XLA then computes once for both.
-    difference, distance = x - rows, _loss.squared_distance(x, rows, known, used)
-    labels, used, difference, distance = _table.gather_batch(
-        axis_name, _placement.mesh_of(centers, x, labels), labels, used & known, difference, distance
-    )
-    slot, classes = _table.slots(labels, used, centers.shape[0])
-    # NaN and infinity show in the count of their class, and so in its center, also where the clamp cuts.
-    # Counts are exact up to 2**24 samples of one class in a batch.
-    samples = jnp.where(jnp.isfinite(distance), np.ones((), dtype), np.full((), np.nan, dtype))
-    counts = _table.sum_by_slot(samples, slot, classes.shape[0])
-    if rule == "paper":
-        scale = 1 / (1 + counts)
-    else:
-        scale = jnp.where(jnp.isnan(counts), counts, 2 / jnp.maximum(_loss.count(used), 1).astype(dtype))
-        low, high = _loss.CLIP
-        slot = jnp.where((distance >= low) & (distance <= high), slot, _table.NO_SLOT)
-    classes = jnp.where((counts != 0) & _table.always(after), classes, centers.shape[0])
-    return Pulls(difference, slot, classes, scale)
+    moved: jax.Array = lax.fori_loop(1, blocks, move, move(0, centers))
+    return moved

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import normal
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_centerloss import _checks, _loss, _update
 from jax_centerloss._checks import Clip, ReduceFn
+from jax_centerloss._placement import OutSharding
 from jax_centerloss._table import AxisName
 
 
@@ -27,13 +27,20 @@ class CenterLoss(nn.Module):
       param_dtype: dtype of the centers.
       centers_init: draws the `(C, D)` centers; N(0, 1) by default.
       centers_as: `"param"`, a parameter for the optimizer, or `"state"`, kept in the collection `"centers"`
-        as batch statistics are in theirs: no gradient, and each call with `mutable=["centers"]` moves it.
+        as batch statistics are in theirs: each call with `mutable=["centers"]` moves it. With bfloat16 or
+        float16 centers pass `rngs={"rounding": key}`, another key in each step, to round the moved rows
+        stochastically: see `rounding_key` of `jax_centerloss.update_centers`. Only a stream of that name
+        counts; without it rows are rounded to nearest.
       out_sharding: see `jax_centerloss.init_centers`.
       alpha: the rate of centers that are state; see `jax_centerloss.update_centers`.
-      rule: `"paper"` or `"gradient"`, for centers that are state; see `jax_centerloss.update_centers`.
+      rule: `"paper"`, `"gradient"` or `"mean"`, for centers that are state; see
+        `jax_centerloss.update_centers`. `"gradient"` is that of this module's loss, with its `clip`, as a
+        sum if `reduce_fn` is `jnp.sum`, else as a mean.
 
     Raises:
-      ValueError: if a size is below 1, and what `jax_centerloss.center_loss` raises.
+      ValueError: if a size is below 1 or an option unknown; in a call, if the centers are of another size,
+        and what `jax_centerloss.center_loss` raises.
+      TypeError: if an option is of another type.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -57,13 +64,34 @@ class CenterLoss(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     centers_init: jax.nn.initializers.Initializer = normal(1.0)
     centers_as: str = "param"
-    out_sharding: NamedSharding | PartitionSpec | None = None
+    out_sharding: OutSharding | None = None
     alpha: float = 0.5
     rule: str = "paper"
 
+    def __post_init__(self) -> None:
+        _checks.module_options(
+            self.num_classes,
+            self.feat_dim,
+            clip=self.clip,
+            reduce_fn=self.reduce_fn,
+            centers_as=self.centers_as,
+            param_dtype=self.param_dtype,
+            centers_init=self.centers_init,
+        )
+        _checks.choice("rule", self.rule, _update.RULES)
+        _checks.scalar("alpha", self.alpha)
+        super().__post_init__()
+
     @nn.compact
-    def __call__(self, x: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
-        """The loss of features `(..., D)` with integer labels `(...)`, where `where` `(...)` is true."""
+    def __call__(
+        self,
+        x: ArrayLike,
+        labels: ArrayLike,
+        *,
+        where: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+    ) -> jax.Array:
+        """The loss of features `(..., D)` with integer labels `(...)`: see `jax_centerloss.center_loss`."""
 
         def draw(key: jax.Array) -> jax.Array:
             drawn = _loss.init_centers(
@@ -76,27 +104,37 @@ class CenterLoss(nn.Module):
             )
             return drawn["centers"]
 
-        _checks.choice("centers_as", self.centers_as, _checks.CENTERS_AS)
-        _checks.choice("rule", self.rule, _update.RULES)
         if self.centers_as == "param":
             centers = self.param("centers", draw)
         else:
             state = self.variable("centers", "centers", lambda: draw(self.make_rng("params")))
-            centers = jax.lax.stop_gradient(state.value)
+            centers = state.value
+        _checks.declared(_checks.table(centers), self.num_classes, self.feat_dim)
         axis_name = None if self.is_initializing() else self.axis_name
         loss = _loss.center_loss(
-            centers, x, labels, where=where, reduce_fn=self.reduce_fn, clip=self.clip, axis_name=axis_name
+            centers,
+            x,
+            labels,
+            where=where,
+            weights=weights,
+            reduce_fn=self.reduce_fn,
+            clip=self.clip,
+            axis_name=axis_name,
         )
         moves = self.is_mutable_collection("centers") and not self.is_initializing()
         if self.centers_as == "state" and moves:
-            state.value = _update.update_centers(
+            state.value = _update.by_rule(
                 centers,
-                jax.lax.stop_gradient(x),
+                x,
                 labels,
                 alpha=self.alpha,
                 rule=self.rule,
                 where=where,
+                weights=weights,
                 axis_name=axis_name,
-                after=jax.lax.stop_gradient(loss),
+                after=loss,
+                rounding_key=self.make_rng("rounding") if self.has_rng("rounding") else None,
+                clip=self.clip,
+                reduce_fn=self.reduce_fn,
             )
         return loss

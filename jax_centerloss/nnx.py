@@ -1,16 +1,20 @@
 """Center loss as a Flax NNX module."""
 
+import contextlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Format
 from jax.nn.initializers import normal
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_centerloss import _checks, _loss, _update
 from jax_centerloss._checks import Clip, ReduceFn
+from jax_centerloss._optim import OWNER
+from jax_centerloss._placement import OutSharding
 from jax_centerloss._table import AxisName
 
 
@@ -18,14 +22,15 @@ class Centers(nnx.Variable[jax.Array]):
     """Centers that are moved by rule: not an `nnx.Param`, of which gradients are taken."""
 
 
-def _sharding_metadata(out_sharding: NamedSharding | PartitionSpec | None) -> dict[str, Any]:
+def _sharding_metadata(out_sharding: OutSharding | None) -> dict[str, Any]:
     """What Flax calls the placement of a variable, so that it keeps to it: in an optimizer's state, say."""
     if out_sharding is None:
         return {}
     name = "out_sharding" if hasattr(nnx, "use_eager_sharding") else "sharding"  # The latter in Flax 0.11.
-    if isinstance(out_sharding, NamedSharding):
-        return {name: out_sharding.spec, "mesh": out_sharding.mesh}
-    return {name: out_sharding}
+    placed = out_sharding.sharding if isinstance(out_sharding, Format) else out_sharding
+    if isinstance(placed, NamedSharding):
+        return {name: placed.spec, "mesh": placed.mesh}
+    return {name: placed} if isinstance(placed, PartitionSpec) else {}
 
 
 class CenterLoss(nnx.Module):
@@ -40,16 +45,19 @@ class CenterLoss(nnx.Module):
       clip: see `jax_centerloss.center_loss`.
       reduce_fn: see `jax_centerloss.center_loss`.
       axis_name: see `jax_centerloss.center_loss`.
-      param_dtype: dtype of the centers.
+      param_dtype: dtype of the centers; in bfloat16 they need a `rounding_key` to go on with small steps.
       centers_init: draws the `(C, D)` centers; N(0, 1) by default.
-      centers_as: `"param"`, an `nnx.Param` for the optimizer, or `"state"`, a variable that is no parameter,
-        of which no gradient is made: `update_centers` moves it, or a `jax_centerloss.row_optimizer`.
+      centers_as: `"param"`, an `nnx.Param` for the optimizer, or `"state"`, a `Centers` variable, which
+        `update_centers` or a `jax_centerloss.row_optimizer` moves. It is no parameter: a gradient of it
+        is taken only where its type is asked for.
       out_sharding: see `jax_centerloss.init_centers`; it is also the metadata that `nnx.get_partition_spec`
         reads.
       rngs: the `params` stream draws the centers.
 
     Raises:
-      ValueError: if a size is below 1, and what `jax_centerloss.center_loss` raises.
+      ValueError: if a size is below 1 or an option unknown; in a call, if the centers are of another size,
+        and what `jax_centerloss.center_loss` raises.
+      TypeError: if an option is of another type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -76,10 +84,18 @@ class CenterLoss(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         centers_init: jax.nn.initializers.Initializer = normal(1.0),
         centers_as: str = "param",
-        out_sharding: NamedSharding | PartitionSpec | None = None,
+        out_sharding: OutSharding | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        _checks.choice("centers_as", centers_as, _checks.CENTERS_AS)
+        self.num_classes, self.feat_dim = _checks.module_options(
+            num_classes,
+            feat_dim,
+            clip=clip,
+            reduce_fn=reduce_fn,
+            centers_as=centers_as,
+            param_dtype=param_dtype,
+            centers_init=centers_init,
+        )
         self.clip = clip
         self.reduce_fn = reduce_fn
         self.axis_name = axis_name
@@ -91,19 +107,47 @@ class CenterLoss(nnx.Module):
             dtype=param_dtype,
             out_sharding=out_sharding,
         )
-        self.num_classes, self.feat_dim = drawn["centers"].shape
         kind = nnx.Param if centers_as == "param" else Centers
-        self.centers = kind(drawn["centers"], **_sharding_metadata(out_sharding))
+        metadata: dict[str, Any] = OWNER | _sharding_metadata(out_sharding)
+        # Flax would place the table anew, in the default layout.
+        own_layout = isinstance(out_sharding, Format) and hasattr(nnx, "use_eager_sharding")
+        eager: Any = nnx.use_eager_sharding if own_layout else contextlib.nullcontext
+        with eager(False):
+            self.centers = kind(drawn["centers"], **metadata)
 
-    def __call__(self, x: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
-        """The loss of features `(..., D)` with integer labels `(...)`, where `where` `(...)` is true."""
-        # Centers that are state have no gradient, even where it is taken of every variable.
-        centers = self.centers if isinstance(self.centers, nnx.Param) else jax.lax.stop_gradient(self.centers)
+    def __setattr__(self, name: str, value: Any) -> None:
+        held = vars(self).get("centers") if name == "centers" else None
+        if not isinstance(held, nnx.Variable) or (
+            type(value) is type(held) and OWNER.items() <= value.get_metadata().items()
+        ):
+            super().__setattr__(name, value)  # Of another CenterLoss, which then shares its centers.
+            return
+        # A bare array in the Variable's place would be no parameter and no state: nothing would move it. So
+        # it goes into the Variable.
+        (old,), new = jax.tree.leaves(held), _checks.table(value, "centers")
+        _checks.declared(new, *old.shape)
+        new = new.astype(old.dtype)
+        if isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer):
+            new = jax.device_put(new, old.sharding)
+        nnx.update(self, {"centers": new})
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        labels: ArrayLike,
+        *,
+        where: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+    ) -> jax.Array:
+        """The loss of features `(..., D)` with integer labels `(...)`: see `jax_centerloss.center_loss`."""
+        centers = _checks.table(self.centers)
+        _checks.declared(centers, self.num_classes, self.feat_dim)
         return _loss.center_loss(
             centers,
             x,
             labels,
             where=where,
+            weights=weights,
             reduce_fn=self.reduce_fn,
             clip=self.clip,
             axis_name=self.axis_name,
@@ -117,21 +161,33 @@ class CenterLoss(nnx.Module):
         alpha: float | jax.Array = 0.5,
         rule: str = "paper",
         where: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
         after: Any = None,
+        rounding_key: jax.Array | None = None,
     ) -> None:
         """Moves the centers of the batch's classes, in the module: see `jax_centerloss.update_centers`.
 
         Call it once a step with the features of the step, and with the loss as `after`; no gradient passes.
-        It is meant for `centers_as="state"`: parameters would be moved by their optimizer too.
+        With bfloat16 centers pass `rounding_key=rngs.rounding()`, of a stream of the model's, which gives
+        another key in each step.
+
+        It is meant for `centers_as="state"`: parameters would be moved by their optimizer too. `"gradient"`
+        is that of this module's loss, with its `clip`, as a sum if `reduce_fn` is `jnp.sum`, else as a mean.
         """
-        moved = _update.update_centers(
-            nnx.state(self, nnx.PathContains("centers")),
-            jax.lax.stop_gradient(x),
+        centers = nnx.state(self, nnx.PathContains("centers"))
+        _checks.declared(_checks.table(centers), self.num_classes, self.feat_dim)
+        moved = _update.by_rule(
+            centers,
+            x,
             labels,
             alpha=alpha,
             rule=rule,
             where=where,
+            weights=weights,
             axis_name=self.axis_name,
-            after=jax.lax.stop_gradient(after),
+            after=after,
+            rounding_key=rounding_key,
+            clip=self.clip,
+            reduce_fn=self.reduce_fn,
         )
         nnx.update(self, moved)

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from jax_centerloss import _groups
+
 # Compilation makes some examples slow. The examples are the same in every run; --hypothesis-profile=fresh
 # looks for others.
 settings.register_profile("same", deadline=None, derandomize=True, database=None)
@@ -28,6 +30,29 @@ settings.load_profile("same")
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--platform",
+        choices=["cpu", "gpu", "tpu"],
+        help="run what this platform's programs do, on whatever is at hand: their numbers have to be right",
+    )
+
+
+CHOSEN = _groups.by_platform
+
+
+def pytest_configure(config):
+    platform = config.getoption("platform")
+    if platform is not None:
+        _groups.by_platform = lambda function, *arrays: function(*arrays, platform=platform)
+
+
+@pytest.fixture
+def for_its_platform(monkeypatch):
+    """What a program does on the platform that it is compiled for, whatever `--platform` says."""
+    monkeypatch.setattr(_groups, "by_platform", CHOSEN)
 
 
 # The examples are scripts, which import what they share from their own folder.

@@ -40,16 +40,33 @@ class Precision(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Centers `(C, D)` and samples `(N, D)`, of which those with a label from 0 and `where` are used."""
+    """Centers `(C, D)` and samples `(N, D)`, of which those with a label from 0 and `where` are used.
+
+    A sample counts `weights` times, once where there are none, and one of weight 0 is not used.
+    """
 
     centers: np.ndarray
     x: np.ndarray
     labels: np.ndarray
     where: np.ndarray
+    weights: np.ndarray | None = None
+
+    @property
+    def times(self) -> np.ndarray:
+        return np.ones(len(self.x)) if self.weights is None else np.float64(self.weights)
 
     @property
     def used(self) -> np.ndarray:
-        return np.flatnonzero((self.labels >= 0) & self.where)
+        return np.flatnonzero((self.labels >= 0) & self.where & (self.times != 0))
+
+    @property
+    def number(self) -> float:
+        return self.times[self.used].sum() or 1.0
+
+    @property
+    def roundings(self) -> int:
+        """Of a weight, of a product with one and of the sum of all of them."""
+        return 0 if self.weights is None else len(self.used) + 3
 
     def pairs(self) -> list[tuple[int, int, np.ndarray]]:
         """Sample, class and difference, of each used sample."""
@@ -68,8 +85,20 @@ def loss(batch: Batch, reduce: str | None, clip: tuple[float, float] | None, pre
         each[i] = np.sum(difference**2)
         if clip is not None:
             each[i] = np.clip(each[i], *clip) + (len(batch.centers) - 1) * np.clip(0, *clip)
-    value = each if reduce is None else each.sum() / (1 if reduce == "sum" else max(len(batch.used), 1))
-    return precision.bounded(value, batch.x.shape[1] + 6 + (reduce is not None) * len(each), value)
+        each[i] *= batch.times[i]
+    value = each if reduce is None else each.sum() / (1 if reduce == "sum" else batch.number)
+    roundings = batch.x.shape[1] + 6 + (reduce is not None) * len(each) + batch.roundings
+    return precision.bounded(value, roundings, value)
+
+
+def gradient_by_weights(batch: Batch, clip: tuple[float, float] | None, precision: Precision) -> Bounded:
+    """Of the mean loss: how far a sample's own loss is from the mean. Only of samples that are used."""
+    alone = batch._replace(weights=None)
+    each, mean = loss(alone, None, clip, precision).value, loss(batch, "mean", clip, precision).value
+    used = np.isin(np.arange(len(each)), batch.used)
+    value = np.where(used, each - mean, 0) / batch.number
+    terms = np.where(used, each + mean, 0) / batch.number
+    return precision.bounded(value, batch.x.shape[1] + len(each) + 10 + batch.roundings, terms)
 
 
 def gradients(
@@ -80,11 +109,12 @@ def gradients(
     terms, most = np.zeros_like(by_centers), 0
     for i, j, difference in batch.pairs():
         if inside(np.sum(difference**2), clip):
-            by_x[i] = 2 * difference / len(batch.used)
+            by_x[i] = 2 * batch.times[i] * difference / batch.number
             by_centers[j] -= by_x[i]
             terms[j] += np.abs(by_x[i])
             most += 1
-    return for_x.bounded(by_x, 5, by_x), for_centers.bounded(by_centers, 5 + most, terms)
+    more = batch.roundings
+    return for_x.bounded(by_x, 5 + more, by_x), for_centers.bounded(by_centers, 5 + most + more, terms)
 
 
 def directions(batch: Batch, rule: str, clip: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -94,14 +124,16 @@ def directions(batch: Batch, rule: str, clip: tuple[float, float]) -> tuple[np.n
         np.zeros(batch.centers.shape),
         np.zeros(len(batch.centers)),
     )
-    for _, j, difference in batch.pairs():
-        counts[j] += 1
-        if rule == "paper" or inside(np.sum(difference**2), clip):
-            total[j] += difference
-            sizes[j] += np.abs(difference)
-    scale = (1 / (1 + counts) if rule == "paper" else np.full(len(counts), 2 / max(len(batch.used), 1)))[
-        :, None
-    ]
+    for i, j, difference in batch.pairs():
+        counts[j] += batch.times[i]
+        if rule != "gradient" or inside(np.sum(difference**2), clip):
+            total[j] += batch.times[i] * difference
+            sizes[j] += np.abs(batch.times[i] * difference)
+    scale = {
+        "paper": 1 / (1 + counts),
+        "gradient": np.full(len(counts), 2 / batch.number),
+        "mean": 1 / np.where(counts == 0, 1, counts),
+    }[rule][:, None]
     return scale * total, scale * sizes
 
 
@@ -109,6 +141,7 @@ def moved(batch: Batch, rule: str, alpha: float, clip: tuple[float, float], prec
     """Centers after a step: rows of classes that are not in the batch may not differ at all."""
     step, sizes = directions(batch, rule, clip)
     value = np.float64(batch.centers) + alpha * step
-    bounded = precision.bounded(value, len(batch.used) + 8, alpha * sizes + np.abs(value))
+    roundings = len(batch.used) + 8 + batch.roundings
+    bounded = precision.bounded(value, roundings, alpha * sizes + np.abs(value))
     touched = np.isin(np.arange(len(value)), batch.labels[batch.used])
     return Bounded(value, np.where(touched[:, None], bounded.bound, 0))

@@ -11,6 +11,7 @@ import reference as ref
 
 LAM = 0.003  # The PyTorch module's weight of the loss, where it is not divided out.
 MOMENTUM, DECAY = 0.9, 0.01  # Of the solver around the Caffe layer.
+RADIUS = 0.5  # Of pytorch-ood's center loss: a bound of the squared distance.
 
 
 class Step(NamedTuple):
@@ -28,7 +29,7 @@ def eq4(centers: np.ndarray, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return found
 
 
-def squares(centers: np.ndarray, x: np.ndarray, labels: np.ndarray) -> float:
+def squares(centers: np.ndarray, x: np.ndarray, labels: Any) -> float:
     return sum(float(np.sum((x[i] - centers[labels[i]]) ** 2)) for i in range(len(x)))
 
 
@@ -38,7 +39,10 @@ def paper(centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float, s
 
 
 def caffe(centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float, state: Any) -> Step:
-    """The paper's Caffe layer: half the mean, and equation 4 as the gradient of Caffe's SGD."""
+    """The paper's Caffe layer: half the mean, and equation 4 as the gradient of Caffe's SGD.
+
+    Caffe multiplies each gradient by the rate of its step, and the momentum keeps the product.
+    """
     velocity = np.zeros_like(centers) if state is None else state
     velocity = MOMENTUM * velocity + rate * (eq4(centers, x, labels) + DECAY * centers)
     return Step(squares(centers, x, labels) / 2 / len(x), centers - velocity, velocity)
@@ -52,7 +56,115 @@ def facenet(centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float,
     return Step(squares(centers, x, labels) / x.size, moved, state)
 
 
-NUMPY = {"paper": paper, "caffe": caffe, "facenet": facenet}
+def autograd(centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float, state: Any) -> Step:
+    """Half the mean, and its derivative for the centers too."""
+    moved = centers.copy()
+    for i in range(len(x)):
+        moved[labels[i]] -= rate / len(x) * (centers[labels[i]] - x[i])
+    return Step(squares(centers, x, labels) / 2 / len(x), moved, state)
+
+
+def pytorch_ood(centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float, state: Any) -> Step:
+    """The mean over samples and classes of what a squared distance has above a radius, 1e-12 at least."""
+    loss, moved = 0.0, centers.copy()
+    for i in range(len(x)):
+        for j in range(len(centers)):
+            above = float(np.sum((x[i] - centers[j]) ** 2)) - RADIUS if labels[i] == j else 0.0
+            loss += max(above, 1e-12) / len(x) / len(centers)
+            if above > 1e-12:
+                moved[j] -= rate * 2 * (centers[j] - x[i]) / len(x) / len(centers)
+    return Step(loss, moved, state)
+
+
+def logits(x: np.ndarray, classes: int) -> np.ndarray:
+    """Of some trained classifier."""
+    return x @ np.random.default_rng(401).standard_normal((x.shape[-1], classes))
+
+
+def paddle_ocr(centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float, state: Any) -> Step:
+    """The module's loss to the center of the class that the model itself names; no center ever moves."""
+    named = [int(np.argmax(row)) for row in logits(x, len(centers))]
+    rest = 1e-12 * (len(centers) - 1)
+    return Step(squares(centers, x, named) / len(x) + rest, centers, state)
+
+
+def mean_per_class(centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float, state: Any) -> Step:
+    """Half the sum over the classes of their mean squared distances; centers follow its derivative."""
+    loss, moved = 0.0, centers.copy()
+    for j in set(labels.tolist()):
+        mine = x[labels == j]
+        loss += np.mean([np.sum((one - centers[j]) ** 2) for one in mine]) / 2
+        moved[j] -= rate * (centers[j] - np.mean(mine, axis=0))
+    return Step(loss, moved, state)
+
+
+def mxnet(centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float, state: Any) -> Step:
+    """The example in MXNet: the mean per class, whose trainer divides by N again, with λ left in."""
+    loss, moved, _ = mean_per_class(centers, x, labels, rate * LAM / len(x), state)
+    return Step(loss / len(x), moved, state)
+
+
+def unit(v: np.ndarray) -> np.ndarray:
+    return v / np.sqrt(np.sum(v**2, axis=-1, keepdims=True))
+
+
+def cosine(centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float, state: Any) -> Step:
+    """The mean of one minus the cosine of feature and center, and its derivative for the centers."""
+    loss, moved = 0.0, centers.copy()
+    for i in range(len(x)):
+        own, feature = unit(centers[labels[i]]), unit(x[i])
+        similarity = float(own @ feature)
+        loss += (1 - similarity) / len(x)
+        length = np.linalg.norm(centers[labels[i]])
+        moved[labels[i]] += rate / len(x) * (feature - similarity * own) / length
+    return Step(loss, moved, state)
+
+
+def cosine_by_rule(centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float, state: Any) -> Step:
+    """The same loss; a center goes `rate` of the way to its class's mean direction and back to length one."""
+    moved = unit(centers)
+    for j in set(labels.tolist()):
+        moved[j] = (1 - rate) * moved[j] + rate * np.mean(unit(x[labels == j]), axis=0)
+    return Step(cosine(centers, x, labels, rate, state).loss, unit(moved), state)
+
+
+def euclidean(centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float, state: Any) -> Step:
+    """The mean distance, not squared, and its derivative for the centers."""
+    loss, moved = 0.0, centers.copy()
+    for i in range(len(x)):
+        difference = centers[labels[i]] - x[i]
+        distance = np.linalg.norm(difference)
+        loss += distance / len(x)
+        if distance > 0:
+            moved[labels[i]] -= rate / len(x) * difference / distance
+    return Step(loss, moved, state)
+
+
+def one_adam(centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float, state: Any) -> Step:
+    """The mean, and Adam with its usual constants on its derivative times λ, for all rows."""
+    steps, first, second = (0, np.zeros_like(centers), np.zeros_like(centers)) if state is None else state
+    gradient = np.zeros_like(centers)
+    for i in range(len(x)):
+        gradient[labels[i]] += LAM * 2 / len(x) * (centers[labels[i]] - x[i])
+    steps, first, second = steps + 1, 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+    moved = centers - rate * first / (1 - 0.9**steps) / (np.sqrt(second / (1 - 0.999**steps)) + 1e-8)
+    return Step(squares(centers, x, labels) / len(x), moved, (steps, first, second))
+
+
+NUMPY = {
+    "paper": paper,
+    "caffe": caffe,
+    "facenet": facenet,
+    "autograd": autograd,
+    "pytorch-ood": pytorch_ood,
+    "PaddleOCR": paddle_ocr,
+    "mean per class": mean_per_class,
+    "mxnet": mxnet,
+    "cosine": cosine,
+    "cosine, by rule": cosine_by_rule,
+    "euclidean": euclidean,
+    "one Adam": one_adam,
+}
 TORCH = ("module", "module, λ left in", "own backward, mean", "own backward, sum")
 
 

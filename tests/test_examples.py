@@ -2,12 +2,16 @@
 
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import _common
+import _ctrl_c
 import digits
 import jax
 import jax.numpy as jnp
@@ -49,6 +53,8 @@ def test_learns_and_compacts(centers, tmp_path, capsys):
     assert "with center loss" in printed
     for title, meaning, _ in _common.COMPACTNESS.values():
         assert f"{title}: {meaning}" in printed
+    assert "one seed, 15 epochs" in printed
+    assert "±" not in printed
 
 
 def test_compactness_by_hand():
@@ -83,6 +89,8 @@ def test_spread_and_difference_by_hand():
     # Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.3027.
     assert _common.spread([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
     assert _common.spread([1.5], 1) == "1.5"
+    assert _common.over_seeds(1) == "one seed"
+    assert _common.over_seeds(3) == "mean ± standard deviation over 3 seeds"
     assert _common.difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], 2) == "+2.00 [-0.48, +4.48]"
     assert _common.difference([2.0], [3.0], 1) == "-1.0"
 
@@ -94,6 +102,24 @@ def test_tables_are_markdown():
         "| a      | 10.0 |",
         "| longer |    2 |",
     ]
+
+
+def test_planes_are_turned_and_mirrored_alike(rng):
+    points = rng.normal(size=(50, 2)) * (3, 1)
+    labels = np.arange(50) % 2
+    angle = rng.uniform(0, 2 * np.pi)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    first = _common.Plane("a", points[:2], points, labels, points[2:4])
+    others = [
+        _common.Plane("b", *(part @ change for part in (points[:2], points)), labels, points[2:4] @ change)
+        for change in (0.5 * turn, 0.5 * turn * (1, -1))
+    ]
+    unchanged, *turned = _common.alike([first, *others])
+    for plane, scale in ((unchanged, 1), *((plane, 0.5) for plane in turned)):
+        np.testing.assert_allclose(plane.features, scale * points, rtol=1e-6)
+        np.testing.assert_allclose(plane.centers, scale * points[:2], rtol=1e-6)
+        np.testing.assert_allclose(plane.previous, scale * points[2:4], rtol=1e-6)
+    assert _common.alike([replace(first, previous=None)])[0].previous is None
 
 
 def test_warm_up_is_linear():
@@ -181,6 +207,55 @@ def test_interrupt(monkeypatch, tmp_path, capsys):
         digits.main(["--quick", "--out", str(tmp_path)])
     assert stopped.value.code == 130
     assert "Stopped" in capsys.readouterr().err
+
+
+@pytest.fixture
+def with_ctrl_c():
+    """For processes started by a test: in the background of a shell script they would ignore Ctrl-C."""
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, found)
+
+
+def assert_stopped(status, error):
+    assert status == 130
+    assert "Stopped before the end." in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "ocr", "omniglot", "pos_tagging", "sharded"])
+def test_interrupt_while_importing(name, with_ctrl_c, tmp_path):
+    # In JAX's place, whose import takes its time, a module that is interrupted.
+    (tmp_path / "jax.py").write_text("import signal; signal.raise_signal(signal.SIGINT); raise ImportError")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert_stopped(done.returncode, done.stderr)
+
+
+def test_an_import_leaves_ctrl_c_alone():
+    # The tests import all examples, as the notebook does.
+    assert signal.getsignal(signal.SIGINT) is not _ctrl_c.stop_at_once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [1, 3])
+def test_interrupt_while_sharded_trains(sent, with_ctrl_c):
+    flags = ["--classes", "1000", "--feat-dim", "4", "--batch-size", "64", "--steps", "1000000"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, str(SHARDED), *flags], env=environment, text=True, **pipes) as run:
+        assert "8 devices" in run.stdout.readline()
+        for _ in range(sent):  # The later ones while it waits for its devices.
+            time.sleep(0.3)
+            run.send_signal(signal.SIGINT)
+        _, error = run.communicate(timeout=60)
+    assert_stopped(run.returncode, error)
 
 
 SHARDED = EXAMPLES / "sharded.py"

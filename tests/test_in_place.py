@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import jax_centerloss as jcl
 
+pytestmark = pytest.mark.usefixtures("for_its_platform")
+
 N, D = 256, 32
 SIZES = [100, 10_000_000]
 

@@ -56,7 +56,10 @@ def test_learns_and_compacts(folder, capsys):
     assert center["own_distance"] < 0.5 * softmax["own_distance"]
     assert 0 < center["moved"] < center["own_distance"]
     assert (folder / "out" / "mnist.png").read_bytes().startswith(b"\x89PNG")
-    assert "| λ = 0.1 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| λ = 0.1 |" in printed
+    assert "1,400 training images, one seed, 5 epochs" in printed
+    assert "±" not in printed
 
 
 @pytest.mark.slow
@@ -128,12 +131,17 @@ BROKEN = {
     "too few items": (
         IMAGES,
         gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 100, 28, 28)),
-        "after 0 of 78,400",
+        "declares 78,400 bytes and ends after 0",
     ),
     "huge claim": (
         IMAGES,
         gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2**32 - 1, 28, 28) + b"\0" * 784),
-        "after 784 of 15,680,000",
+        "and ends after 784",
+    ),
+    "more than it declares": (
+        IMAGES,
+        gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 1, 28, 28) + bytes(2**23)),
+        "declares 784 bytes and goes on",
     ),
     "huge images": (
         IMAGES,
@@ -157,13 +165,26 @@ def test_broken_files_are_named(folder, name, content, message):
     assert isinstance(stopped.value.code, str)  # A message, not a code.
 
 
-def test_no_more_is_unpacked_than_asked_for(tmp_path):
-    # 32 MiB of zeros in a small file that claims 2 GiB, of which ten images are asked for.
+def test_damage_behind_what_is_used_is_found(tmp_path):
+    images = np.random.default_rng(0).integers(256, size=(400, 28, 28), dtype=np.uint8)
+    path = tmp_path / IMAGES
+    content = bytearray(idx(images))
+    path.write_bytes(content)
+    np.testing.assert_array_equal(mnist.read_idx(path, 3, 10), images[:10])
+    # Noise is stored as it is, so that other bytes unpack as well: only the checksum tells.
+    middle = len(content) // 2
+    content[middle : middle + 2] = bytes(255 - byte for byte in content[middle : middle + 2])
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match=rf"{IMAGES} is not .*: CRC check failed"):
+        mnist.read_idx(path, 3, 10)
+
+
+def test_no_more_is_kept_than_asked_for(tmp_path):
+    # 32 MiB of zeros in a small file, of which ten images are asked for.
     path = tmp_path / "bomb.gz"
+    count = 2**25 // 28**2
     with gzip.open(path, "wb", compresslevel=1) as file:
-        file.write(struct.pack(">HBB3I", 0, 8, 3, 2_700_000, 28, 28))
-        for _ in range(32):
-            file.write(bytes(2**20))
+        file.write(struct.pack(">HBB3I", 0, 8, 3, count, 28, 28) + bytes(count * 28**2))
     tracemalloc.start()
     try:
         assert mnist.read_idx(path, 3, 10).shape == (10, 28, 28)

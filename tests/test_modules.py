@@ -204,14 +204,19 @@ def test_unknown_choices_are_refused(batch):
             make()
 
 
-def test_no_gradient_passes_into_centers_that_are_state(batch):
+def test_centers_that_are_state_have_a_gradient_only_where_it_is_asked_for(batch):
     x, labels, _ = batch
     module, linen = modules(centers_as="state")
     variables = linen.init(jax.random.key(0), x, labels)
+    assert jax.tree.leaves(nnx.grad(lambda m: m(x, labels))(module)) == []
+    by_nnx = nnx.grad(lambda m: m(x, labels), argnums=nnx.DiffState(0, jcl.nnx.Centers))(module)
     by_linen = jax.grad(lambda v: linen.apply(v, x, labels))(variables)
-    by_nnx = nnx.grad(lambda m: m(x, labels), argnums=nnx.DiffState(0, nnx.Variable))(module)
-    for gradient in (*jax.tree.leaves(by_linen), *jax.tree.leaves(by_nnx)):
-        np.testing.assert_array_equal(gradient, np.zeros((C, D)))
+    # The step is no part of the derivative.
+    by_moving = jax.grad(lambda v: linen.apply(v, x, labels, mutable=["centers"]), has_aux=True)(variables)[0]
+    for gradient, centers in ((by_nnx, module), (by_linen, variables), (by_moving, variables)):
+        (centers,) = jax.tree.leaves(centers)
+        want = jax.grad(jcl.center_loss)(centers, x, labels)
+        np.testing.assert_allclose(jax.tree.leaves(gradient)[0], want, rtol=1e-6)
 
 
 def test_a_subclass_with_a_variable_of_its_own_moves_its_centers(batch):

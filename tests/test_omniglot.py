@@ -2,9 +2,11 @@
 
 import io
 import os
+import struct
 import zipfile
 from pathlib import Path
 
+import _common
 import numpy as np
 import omniglot
 import pytest
@@ -61,10 +63,12 @@ def test_learns_and_verifies(folder, tmp_path, capsys):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "center loss - frozen centers (control)" in printed
+    assert REAL or "never trained on, one seed, 6 epochs" in printed
+    assert "±" not in printed
 
 
 def test_lambda_is_chosen_on_alphabets_that_are_not_trained_on(folder, tmp_path, monkeypatch, capsys):
-    background = omniglot.load(folder, "images_background")
+    background = omniglot.load(folder, "images_background", omniglot.SIDE)
     trained, judged = [], []
 
     def train(args, data, arm, lam, seed, bar):
@@ -96,7 +100,7 @@ def test_lambda_is_chosen_on_alphabets_that_are_not_trained_on(folder, tmp_path,
 
 
 def test_loads_what_was_drawn(folder):
-    data = omniglot.load(folder, "images_background")
+    data = omniglot.load(folder, "images_background", omniglot.SIDE)
     assert data.images.shape == (240, 28, 28)
     np.testing.assert_array_equal(np.bincount(data.labels), np.full(20, 12))
     np.testing.assert_array_equal(np.bincount(data.alphabets), np.full(5, 48))
@@ -109,7 +113,7 @@ def test_loads_what_was_drawn(folder):
 
 
 def test_pairs_are_what_they_are_called(folder):
-    data = omniglot.load(folder, "images_evaluation")
+    data = omniglot.load(folder, "images_evaluation", omniglot.SIDE)
     pairs = omniglot.pairs(data, 2000)
     same_character = data.labels[:, None] == data.labels
     same_alphabet = data.alphabets[:, None] == data.alphabets
@@ -160,12 +164,41 @@ def test_a_collapsed_network_verifies_nothing():
 
 
 def test_drawings_without_pairs_are_refused(tmp_path):
-    data = omniglot.Drawings(np.zeros((4, 28, 28)), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]))
+    data = omniglot.Drawings(
+        np.zeros((4, 28, 28)), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]), np.arange(4)
+    )
     with pytest.raises(SystemExit, match="no pairs of this kind: same"):
         omniglot.pairs(data, 100)
     few = omniglot.parse_args(["--select", "1", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="there have to be five"):
         omniglot.select(few, data)
+
+
+def test_one_seed_has_no_spread_and_one_arm_no_difference():
+    rates = {"tar1": 0.5, "tar01": 0.25, "eer": 0.125}
+    run = dict.fromkeys(omniglot.NEGATIVES, rates) | dict.fromkeys(omniglot.TRAINED, 1.0)
+    lams = dict.fromkeys(omniglot.ARMS, 0.1)
+    one = omniglot.tables({"softmax": [run], "center": [run]}, lams)
+    two = omniglot.tables({"softmax": [run] * 2, "center": [run] * 2}, lams)
+    assert "50.00 |" in one
+    assert "50.00 ± 0.00 |" in two
+    for words in ("±", "paired by seed", "intervals", "over seeds"):
+        assert (words in one, words in two) == (False, True)
+    assert "center loss - softmax alone" in one
+    assert "ifference" not in omniglot.tables({"center": [run] * 2}, lams)
+
+
+def test_planes_of_mirrored_features_are_alike(folder):
+    data = omniglot.load(folder, "images_evaluation", omniglot.SIDE)
+    features = np.random.default_rng(0).normal(size=(len(data.labels), 8)).astype(np.float32)
+    features += np.eye(8, dtype=np.float32)[data.labels % 8] * [[6, 5, 4, 3, 2, 1, 0, 0]]
+    # A network is as good with its features mirrored; only what the projection makes of it differs.
+    first, second = (omniglot.plane("", x, data) for x in (features, -features))
+    np.testing.assert_allclose(second.features, -first.features, atol=1e-4)
+    _, turned = _common.alike([first, second])
+    np.testing.assert_allclose(turned.features, first.features, atol=1e-4)
+    means = [first.features[first.labels == j].mean(0) for j in range(first.labels.max() + 1)]
+    np.testing.assert_allclose(turned.centers["centers"], means, atol=1e-4)
 
 
 def test_shifts_move_the_drawing():
@@ -177,7 +210,7 @@ def test_shifts_move_the_drawing():
 
 def test_broken_archives_are_named(folder, tmp_path):
     def load():
-        omniglot.load(tmp_path, "images_background")
+        omniglot.load(tmp_path, "images_background", omniglot.SIDE)
 
     path = tmp_path / "images_background.zip"
     with pytest.raises(SystemExit, match=r"no images_background\*\.zip"):
@@ -191,6 +224,13 @@ def test_broken_archives_are_named(folder, tmp_path):
         path.write_bytes(broken)
         with pytest.raises(SystemExit, match=r"background\.zip is not an archive"):
             load()
+    # Of one member that is declared to be longer than the file.
+    cut = bytearray(deflated.getvalue())
+    sizes = cut.index(b"PK\x01\x02") + 20
+    cut[sizes : sizes + 8] = struct.pack("<II", 2**19, 2**19)
+    path.write_bytes(cut)
+    with pytest.raises(SystemExit, match=r"background\.zip is not an archive"):
+        load()
     for member, data in (("a/b/c/d.png", b"no picture"), ("a/d.png", b""), ("a/b/c/d.png", bytes(2**21))):
         with zipfile.ZipFile(path, "w") as file:
             file.writestr(member, data)

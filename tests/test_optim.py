@@ -25,7 +25,6 @@ def ones(*shape):
 TREES = {
     "plain": {"dense": ones(2), "centers": ones(3, 2)},
     "nested": {"loss": {"inner": [{"centers": ones(3, 2)}]}, "dense": (ones(2), ones(1))},
-    "several": {"a": {"centers": ones(3, 2)}, "b": {"centers": ones(5, 2)}, "dense": ones(2)},
     "only": {"centers": ones(3, 2)},
 }
 

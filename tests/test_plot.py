@@ -135,7 +135,7 @@ def test_sharded_centers_are_drawn(kind):
     table = jax.device_put(
         CENTERS, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("classes", None))
     )
-    ax = jcl.plot(table, X, LABELS, previous=table)
+    ax = jcl.plot(table, X, LABELS, previous=jnp.copy(table))
     np.testing.assert_array_equal(dots(ax)[1][0], CENTERS[:3])
 
 
@@ -147,7 +147,7 @@ def test_features_as_large_as_float32_goes():
 
 def test_no_samples_draw_an_empty_plane():
     for density in (False, True):
-        ax = jcl.plot(CENTERS, X, np.full(4, -1), previous=CENTERS, density=density)
+        ax = jcl.plot(CENTERS, X, np.full(4, -1), previous=CENTERS.copy(), density=density)
         assert dots(ax) == []
         ax.figure.canvas.draw()
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pos_tagging
 import pytest
@@ -71,7 +72,10 @@ def test_learns_and_compacts(folder, tmp_path, capsys):
     assert center["own_distance"] < 0.8 * softmax["own_distance"]
     assert 0 < center["moved"] < center["own_distance"]
     assert (tmp_path / "pos_tagging.png").read_bytes().startswith(b"\x89PNG")
-    assert "| λ = 0.1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| λ = 0.1" in printed
+    assert "one seed, " in printed
+    assert "±" not in printed
 
 
 def batch_of(folder, part="train", size=8):
@@ -117,6 +121,37 @@ def test_padding_changes_nothing(folder):
     assert jax_centerloss.center_loss(model.center_loss, x.astype(np.float32), labels) == pytest.approx(
         np.mean(distance), rel=1e-5
     )
+
+
+def test_tags_that_training_never_saw_are_left_out_and_said(folder, tmp_path, monkeypatch, capsys):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    dev = tmp_path / "xx_made-ud-dev.conllu"
+    words = sum(bool(row) and not row.startswith("#") for row in dev.read_text().splitlines())
+    strange = "\n".join([line(1, "hm", "INTJ"), line(2, "%", "SYM"), line(3, "ah", "INTJ")])
+    dev.write_text(f"{strange}\n\n{dev.read_text()}")
+    drawn = []
+
+    def fit(args, train, words, lam, seed, bar):
+        model = pos_tagging.Tagger(words, 2, False, rngs=nnx.Rngs(0))
+        model.eval()
+        return model, jax.tree.map(jnp.copy, nnx.state(model.center_loss)), [1.0]
+
+    monkeypatch.setattr(pos_tagging, "fit", fit)
+    monkeypatch.setattr(
+        pos_tagging, "draw_planes", lambda path, title, planes, *_, **__: drawn.extend(planes)
+    )
+    flags = ["--data", str(tmp_path), "--out", str(tmp_path), "--seeds", "1", "--lams", "0.1"]
+    (run,) = pos_tagging.main(flags)[0.1]
+    assert "3 dev words have tags that training never saw (INTJ, SYM)" in capsys.readouterr().out
+    assert run["classes_seen"] == len(WORDS)
+    (plane,) = drawn
+    assert {pos_tagging.TAGS[label] for label in plane.labels} == {*WORDS}
+    assert len(plane.features) == len(plane.labels) == words
+
+    dev.write_text(f"{line(1, 'hm', 'INTJ')}\n\n")
+    with pytest.raises(SystemExit, match="No dev word has a tag that training saw"):
+        pos_tagging.main(flags)
 
 
 def write(tmp_path, text, name="xx_made-ud-train.conllu"):

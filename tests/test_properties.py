@@ -17,6 +17,7 @@ from reference import enable_x64
 import jax_centerloss as jcl
 
 CLIP = (1e-12, 1e12)
+RULES = ("paper", "gradient", "mean")
 CLIPS = (CLIP, None, (1.0, 4.0))
 REDUCE = {"mean": jnp.mean, "sum": jnp.sum, None: None}
 ALPHA = 0.1
@@ -137,9 +138,7 @@ def test_losses_and_gradients(shape, kinds, data):
 def steps(lead, kinds):
     del lead, kinds
     return jax.jit(
-        lambda c, x, y, w: [
-            jcl.update_centers(c, x, y, where=w, alpha=ALPHA, rule=rule) for rule in ("paper", "gradient")
-        ]
+        lambda c, x, y, w: [jcl.update_centers(c, x, y, where=w, alpha=ALPHA, rule=rule) for rule in RULES]
     )
 
 
@@ -150,7 +149,7 @@ def test_steps_by_rule(shape, kinds, data):
     batch = data.draw(batches(shape, kinds))
     with precise(kinds):
         found = jax.device_get(steps(shape[0], kinds)(*shaped(batch, shape[0])))
-    for rule, got in zip(("paper", "gradient"), found, strict=True):
+    for rule, got in zip(RULES, found, strict=True):
         assert got.dtype == kinds[1]
         assert_within(got, oracle.moved(batch, rule, ALPHA, CLIP, precision_of(kinds, kinds[1])), rule)
 
@@ -191,7 +190,7 @@ def rows_step(name, lead, rule):
     return rows.init, jax.jit(partial(rows.update, rule=rule))
 
 
-@pytest.mark.parametrize("rule", ["paper", "gradient"])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
 @settings(max_examples=8)

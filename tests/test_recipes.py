@@ -14,6 +14,29 @@ import reference as ref
 import jax_centerloss as jcl
 
 RATE = 0.5
+README = Path(__file__).parent.parent / "examples" / "README.md"
+RECIPES_TEXT = README.read_text(encoding="utf-8").split("\n## Recipes\n")[1].split("\n## ")[0]
+LOSSES, CAFFE = re.findall(r"```python\n(.*?)```", RECIPES_TEXT, re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def as_a_user():
+    """JAX's own settings, not the suite's strict ones: optax's schedules and Adam need them."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def defined(text):
+    """What a block of the README defines."""
+    space = {}
+    exec(compile(text, "README", "exec"), space)
+    return space
+
+
+told = defined(LOSSES)
+unit, cosine, euclidean, mean_per_class = (
+    told[name] for name in ("unit", "cosine", "euclidean", "mean_per_class")
+)
 
 
 def half(reduce_fn=jnp.mean):
@@ -27,27 +50,49 @@ def by_rule(rule, scale=1.0):
     return move
 
 
-def by_optax(lam_divided):
-    chain = optax.sgd(RATE) if not lam_divided else optax.chain(optax.scale(1 / peers.LAM), optax.sgd(RATE))
-    tx = jcl.with_center_optimizer(optax.sgd(1.0), chain)
+def pytorch_ood(centers, x, labels):
+    return told["up_to_a_radius"](centers, x, labels, peers.RADIUS)
+
+
+def by_optax(loss_of, chain=None, divided=True):
+    """As parameters, beside a model of one number; the loss comes times λ."""
 
     def move(centers, x, labels, state):
-        params = {"centers": centers}
-        grads = jax.grad(lambda p: peers.LAM * jcl.center_loss(p["centers"], x, labels))(params)
-        updates, _ = tx.update(grads, tx.init(params), params)
+        own = optax.sgd(RATE) if chain is None else chain
+        tx = jcl.with_center_optimizer(optax.sgd(1.0), own, weight=peers.LAM if divided else None)
+        params = {"centers": centers, "model": jnp.ones(())}
+        grads = jax.grad(lambda p: peers.LAM * loss_of(p["centers"], x, labels))(params)
+        updates, state = tx.update(grads, tx.init(params) if state is None else state, params)
         return optax.apply_updates(params, updates)["centers"], state
 
     return move
 
 
+def one_adam(centers, x, labels, state):
+    tx = optax.adam(RATE)
+    params = {"centers": centers, "model": jnp.ones(())}
+    grads = jax.grad(lambda p: peers.LAM * jcl.center_loss(p["centers"], x, labels))(params)
+    updates, state = tx.update(grads, tx.init(params) if state is None else state, params)
+    return optax.apply_updates(params, updates)["centers"], state
+
+
 def solver(centers, x, labels, state):
-    """Caffe's: every row in every step, with what the rule would subtract as its gradient."""
-    tx = optax.chain(optax.add_decayed_weights(peers.DECAY), optax.sgd(RATE, momentum=peers.MOMENTUM))
-    direction = centers - jcl.update_centers(centers, x, labels, alpha=1.0, rule="paper")
-    updates, state = tx.update(direction, tx.init(centers) if state is None else state, centers)
-    return optax.apply_updates(centers, updates), state
+    """Caffe's, at one rate."""
+    space = defined(CAFFE.replace(CAFFE_RATE, f"rate = lambda step: {RATE}"))
+    state = space["solver"].init(centers) if state is None else state
+    return space["every_row"](centers, state, x, labels)
 
 
+def named_by_the_logits(centers, x, labels):
+    logits = jnp.asarray(peers.logits(np.asarray(x), len(centers)))
+    return jcl.center_loss(jax.lax.stop_gradient(centers), x, jnp.argmax(logits, -1))
+
+
+def cosine_by_rule(centers, x, labels, state):
+    return unit(jcl.update_centers(unit(centers), unit(x), labels, alpha=RATE, rule="mean")), state
+
+
+CAFFE_RATE = next(line for line in CAFFE.splitlines() if line.startswith("rate = "))
 RECIPES = {
     "paper": (half(jnp.sum), by_rule("paper")),
     "caffe": (half(), solver),
@@ -56,18 +101,40 @@ RECIPES = {
         lambda c, x, labels, state: by_rule("gradient", scale=len(labels) / 2)(c, x, labels, state),
     ),
     "module": (jcl.center_loss, by_rule("gradient")),
-    "module, by optax": (jcl.center_loss, by_optax(lam_divided=True)),
-    "module, λ left in": (jcl.center_loss, by_optax(lam_divided=False)),
+    "module, by optax": (jcl.center_loss, by_optax(jcl.center_loss)),
+    "module, its script": (
+        jcl.center_loss,
+        by_optax(jcl.center_loss, optax.chain(optax.scale(1 / peers.LAM), optax.sgd(RATE)), divided=False),
+    ),
+    "module, λ left in": (jcl.center_loss, by_optax(jcl.center_loss, divided=False)),
     "own backward, sum": (half(jnp.sum), by_rule("paper")),
     "own backward, mean": (
         half(),
         lambda c, x, labels, state: by_rule("paper", scale=1 / len(labels))(c, x, labels, state),
     ),
+    "autograd": (half(), by_rule("gradient", scale=0.5)),
+    "autograd, by optax": (half(), by_optax(half())),
+    "mean per class": (mean_per_class, by_rule("mean")),
+    "mean per class, by optax": (mean_per_class, by_optax(mean_per_class)),
+    "mxnet": (
+        lambda c, x, labels: mean_per_class(c, x, labels) / len(labels),
+        lambda c, x, labels, state: by_rule("mean", scale=peers.LAM / len(labels))(c, x, labels, state),
+    ),
+    "mxnet, by optax": (
+        lambda c, x, labels: mean_per_class(c, x, labels) / len(labels),
+        by_optax(lambda c, x, labels: mean_per_class(c, x, labels) / len(labels), divided=False),
+    ),
+    "pytorch-ood": (pytorch_ood, by_optax(pytorch_ood)),
+    "PaddleOCR": (named_by_the_logits, by_optax(named_by_the_logits)),
+    "euclidean": (euclidean, by_optax(euclidean)),
+    "one Adam": (jcl.center_loss, one_adam),
+    "cosine": (cosine, by_optax(cosine)),
+    "cosine, by rule": (cosine, cosine_by_rule),
 }
 
 
 def expected(name, source):
-    name = "module" if name == "module, by optax" else name
+    name = name.removesuffix(", by optax").removesuffix(", its script")
     if name in peers.NUMPY or source == "live":
         return peers.run(name)
     golden = ref.golden(f"recipes/{name}")
@@ -90,27 +157,133 @@ def test_recipe_takes_the_same_steps(name, source):
         np.testing.assert_allclose(tables, want_centers, rtol=1e-10, atol=1e-12)
 
 
-def test_caffes_momentum_by_rows_rests_where_a_class_is_absent():
-    # Equal to the solver while every class is in every batch; then a class that is left out stays.
-    random = np.random.default_rng(0)
-    start = random.standard_normal((3, 2))
-    tx = optax.chain(optax.add_decayed_weights(peers.DECAY), optax.sgd(RATE, momentum=peers.MOMENTUM))
+def caffe_runs(steps, classes_of):
+    """Caffe's centers and ours, of both forms, step by step: 0.5 is the rate, and 0.05 from step 10 on.
+
+    `classes_of(step)` says which of the four classes are in the batch.
+    """
+    random, space = np.random.default_rng(0), defined(CAFFE)
+    centers, velocity = random.standard_normal((4, 2)), None
+    dense = rows = jnp.asarray(centers)
+    dense_state, rows_state = space["solver"].init(dense), space["rows"].init(rows)
+    found = []
+    for step in range(steps):
+        labels = random.permutation(np.resize(classes_of(step), 12))
+        x = centers[labels] + random.standard_normal((12, 2))
+        _, centers, velocity = peers.caffe(centers, x, labels, 0.5 if step < 10 else 0.05, velocity)
+        dense, dense_state = space["every_row"](dense, dense_state, jnp.asarray(x), jnp.asarray(labels))
+        rows, rows_state = space["touched_rows"](rows, rows_state, jnp.asarray(x), jnp.asarray(labels))
+        found.append(np.stack([centers, dense, rows]))
+    return np.stack(found)
+
+
+def some(step):
+    return [[0, 1], [1, 2, 3], [0, 3]][step % 3]
+
+
+def test_caffes_solver_to_the_letter_where_the_rate_changes_and_classes_are_absent():
     with ref.enable_x64():
-        rows = jcl.row_optimizer(tx)
-        ours, theirs, state, velocity = jnp.asarray(start), start, rows.init(jnp.asarray(start)), None
-        for labels in (np.arange(9) % 3, np.arange(9) % 3, np.arange(9) % 2):
-            x, before = random.standard_normal((9, 2)), np.asarray(ours)
-            ours, state = rows.update(ours, state, jnp.asarray(x), labels, rule="paper")
-            _, theirs, velocity = peers.caffe(theirs, x, labels, RATE, velocity)
-            np.testing.assert_allclose(ours[:2], theirs[:2], rtol=1e-10)
-        np.testing.assert_array_equal(ours[2], before[2])
-        assert np.abs(theirs[2] - before[2]).max() > 0.01
+        caffe, dense, _ = np.moveaxis(caffe_runs(20, some), 1, 0)
+        np.testing.assert_allclose(dense, caffe, rtol=1e-10, atol=1e-12)
+
+
+def test_caffes_solver_by_rows_is_equal_while_every_class_is_in_the_batch():
+    with ref.enable_x64():
+        caffe, dense, rows = np.moveaxis(caffe_runs(20, lambda step: [0, 1, 2, 3]), 1, 0)
+        np.testing.assert_allclose(dense, caffe, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(rows, caffe, rtol=1e-10, atol=1e-12)
+
+
+def test_caffes_solver_by_rows_rests_where_a_class_is_absent():
+    with ref.enable_x64():
+        _, dense, rows = np.moveaxis(caffe_runs(20, some), 1, 0)
+        for step in range(3, 20):
+            absent = np.setdiff1d(np.arange(4), some(step))
+            np.testing.assert_array_equal(rows[step, absent], rows[step - 1, absent])
+            assert np.abs(dense[step, absent] - dense[step - 1, absent]).max(axis=1).min() > 1e-4
+
+
+def test_the_rate_outside_the_momentum_is_another_solver_once_it_changes():
+    outside = "solver = optax.chain(optax.add_decayed_weights(0.01), optax.sgd(rate, 0.9))\nrows = "
+    text = re.sub(r"solver = .*?\nrows = ", outside, CAFFE, flags=re.DOTALL)
+    random = np.random.default_rng(0)
+    start, labels = random.standard_normal((4, 2)), np.arange(12) % 4
+    with ref.enable_x64():
+        pairs = [
+            (space := defined(code), jnp.asarray(start), space["solver"].init(start))
+            for code in (CAFFE, text)
+        ]
+        for step in range(11):
+            x = jnp.asarray(random.standard_normal((12, 2)))
+            pairs = [(space, *space["every_row"](c, state, x, labels)) for space, c, state in pairs]
+            (_, right, _), (_, wrong, _) = pairs
+            if step < 10:
+                np.testing.assert_allclose(wrong, right, rtol=1e-10, atol=1e-12)
+        assert np.abs(wrong - right).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("alfa", "samples", "runs_off"),
+    [(0.5, 3, False), (0.5, 5, True), (0.95, 39, False), (0.95, 41, True)],
+)
+def test_facenets_centers_run_off_where_too_many_samples_pull(alfa, samples, runs_off):
+    random = np.random.default_rng(0)
+    x, labels = random.standard_normal((samples, 2)), np.zeros(samples, int)
+    start, factor = random.standard_normal((1, 2)), abs(1 - (1 - alfa) * samples)
+    assert (factor > 1) == runs_off == ((1 - alfa) * samples > 2)
+    theirs = start
+    with ref.enable_x64():
+        ours = tame = jnp.asarray(start)
+        for step in range(1, 21):
+            theirs = peers.facenet(theirs, x, labels, 1 - alfa, None).centers
+            ours = jcl.update_centers(ours, x, labels, alpha=(1 - alfa) * samples / 2, rule="gradient")
+            tame = jcl.update_centers(tame, x, labels, alpha=1.0)
+            away = np.linalg.norm(np.asarray(ours) - x.mean(axis=0))
+            assert away == pytest.approx(factor**step * np.linalg.norm(start - x.mean(axis=0)), rel=1e-8)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-8)
+        np.testing.assert_allclose(tame[0], x.mean(axis=0), atol=1e-6)
+
+
+def test_pytorch_oods_radius_bounds_the_squared_distance_and_at_0_is_the_module_over_c():
+    centers, x, labels = peers.draws()[0]
+    squared = np.sum((x - centers[labels]) ** 2, axis=1)
+    assert 0 < np.sum(squared < peers.RADIUS) < len(x)
+    with ref.enable_x64():
+        pulls = jax.grad(pytorch_ood, argnums=1)(jnp.asarray(centers), jnp.asarray(x), labels)
+        np.testing.assert_array_equal(np.any(pulls != 0, axis=1), squared > peers.RADIUS)
+        bare = told["up_to_a_radius"](centers, x, labels, 0.0)
+        assert bare == pytest.approx(float(jcl.center_loss(centers, x, labels)) / 6, rel=1e-10)
+
+
+def test_losses_at_the_very_center_have_a_gradient():
+    centers = jnp.eye(3)
+    for loss_of in (euclidean, cosine, mean_per_class, pytorch_ood):
+        loss, grads = jax.value_and_grad(loss_of, argnums=(0, 1))(centers, centers, jnp.arange(3))
+        assert loss < 1e-5
+        assert max(jnp.abs(grad).max() for grad in grads) < 1e-6
+
+
+def test_the_logits_name_the_classes_of_a_sequence():
+    features, logits = jnp.ones((2, 3, 4)), jax.nn.one_hot(jnp.array([[0, 1, 1], [4, 2, 0]]), 5)
+    centers = jnp.arange(20.0).reshape(5, 4)
+    loss = jcl.center_loss(jax.lax.stop_gradient(centers), features, jnp.argmax(logits, -1))
+    own = centers[jnp.array([0, 1, 1, 4, 2, 0])]
+    assert float(loss) == pytest.approx(float(jnp.mean(jnp.sum((own - 1) ** 2, axis=1))), rel=1e-6)
+
+
+def test_on_the_sphere_a_center_grows_as_a_parameter_and_keeps_its_length_by_rule():
+    def lengths(tables):
+        return np.linalg.norm(tables, axis=-1)
+
+    start = lengths(peers.draws()[0][0])
+    grown = np.vstack([start, lengths(peers.run("cosine")[1])])
+    assert np.all(np.diff(grown, axis=0) >= -1e-12)
+    np.testing.assert_allclose(lengths(peers.run("cosine, by rule")[1]), 1.0, rtol=1e-12)
 
 
 def steps_in_the_readme():
-    text = (Path(__file__).parent.parent / "examples" / "README.md").read_text(encoding="utf-8")
-    table = text.split("step of a lone sample")[1].split("\n\n")[0]
-    rows = re.findall(r"^\| (.+?) \|.*\| ([\d.]+)(?: λ)? \|$", table, re.M)
+    table = RECIPES_TEXT.split("step of a lone sample")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (.+?) \|.*\| ([\d.]+)(?: λ| / C)? \|$", table, re.M)
     return {name: float(step) for name, step in rows}
 
 
@@ -123,15 +296,22 @@ def test_steps_in_the_readme():
         "the PyTorch version with its own backward pass": "own backward, mean",
         "the same, `size_average=False`": "own backward, sum",
         "FaceNet's TensorFlow code": "facenet",
+        "½ and plain autograd": "autograd",
+        "the mean per class": "mean per class",
+        "MXNet's example": "mxnet",
+        "pytorch-ood": "pytorch-ood",
+        "PaddleOCR": "PaddleOCR",
+        "Euclidean, not squared": "euclidean",
+        "one Adam for everything, λ left in": "one Adam",
     }
-    told = steps_in_the_readme()
-    assert told.keys() == names.keys()
+    steps = steps_in_the_readme()
+    assert steps.keys() == names.keys()
     with ref.enable_x64():
         for title, name in names.items():
             _, move = RECIPES[name]
             centers, x = jnp.zeros((2, 2)), jnp.zeros((128, 2)).at[0, 0].set(1.0)
             moved, _ = move(centers, x, jnp.append(0, jnp.ones(127, int)), None)
-            lam = peers.LAM if "left in" in name else 1.0
-            assert f"{float(moved[0, 0]) / lam:.2g}" == f"{told[title]:.2g}"
+            unit_of = {"module, λ left in": peers.LAM, "mxnet": peers.LAM, "pytorch-ood": 1 / 2}
+            assert f"{float(moved[0, 0]) / unit_of.get(name, 1.0):.2g}" == f"{steps[title]:.2g}"
             if name in peers.NUMPY or "live" in ref.SOURCES:
                 assert float(moved[0, 0]) == pytest.approx(peers.lonely_step(name), rel=1e-10)

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import jax_centerloss as jcl
+from jax_centerloss import _pulls, _trial
 
 D = 4
 
@@ -103,15 +104,22 @@ def batches(rng, classes, num, steps, *, every):
 
 
 # Classes, samples, and whether each batch has all classes. More classes than samples are searched for.
-BATCHES = {"some": (40, 24, False), "all": (6, 16, True), "hashed": (5000, 12, False)}
+BATCHES = {
+    "some": (40, 24, False),
+    "all": (6, 16, True),
+    "hashed": (5000, 12, False),
+    "blocks": (40, 24, False),
+}
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, "some") for name in ACCEPTED]
+    [(name, kind) for name in ACCEPTED for kind in ("some", "blocks")]
     + [(name, kind) for name in ("sgd", "adamw", "clipping") for kind in ("all", "hashed")],
 )
-def test_equals_the_dense_optimizer_with_absent_rows_frozen(rng, name, kind):
+def test_equals_the_dense_optimizer_with_absent_rows_frozen(rng, name, kind, monkeypatch):
+    if kind == "blocks":  # Of seven classes, as a large batch has blocks of many.
+        monkeypatch.setattr(_pulls, "BLOCK", 7 * D)
     tx, (classes, num, every) = ACCEPTED[name], BATCHES[kind]
     centers = rng.normal(size=(classes, D)).astype(np.float32)
     data = list(batches(rng, classes, num, 5, every=every))
@@ -126,6 +134,34 @@ def test_equals_the_dense_optimizer_with_absent_rows_frozen(rng, name, kind):
         tolerance = {"rtol": 2e-2, "atol": 1e-3} if half else {"rtol": 1e-4, "atol": 1e-6}
         chex.assert_trees_all_equal_shapes_and_dtypes((params, state), (want_params, want_state))
         chex.assert_trees_all_close((params, state), (want_params, want_state), **tolerance)
+
+
+TOGETHER = {
+    "a norm": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5)),
+    "a norm that few rows don't reach": lambda: optax.chain(
+        optax.clip(1.0), optax.clip_by_global_norm(30.0), optax.sgd(0.5)
+    ),
+    "whether all is finite": lambda: optax.apply_if_finite(optax.adam(0.1), 5),
+    "whether something is NaN": lambda: optax.chain(optax.zero_nans(), optax.sgd(0.5)),
+}
+
+
+@pytest.mark.parametrize("make", TOGETHER.values(), ids=TOGETHER)
+def test_what_looks_at_all_rows_of_the_batch_is_not_taken_in_parts(make):
+    assert _trial.on_rows(optax.adamw(0.1)) == (None, True)
+    assert _trial.on_rows(make()) == (None, False)
+
+
+def test_a_state_of_python_numbers(rng):
+    def update(grads, state, params=None):
+        return jax.tree.map(lambda g: -0.5 * g, grads), {"steps": state["steps"] + 1}
+
+    rows = jcl.row_optimizer(optax.GradientTransformation(lambda params: {"steps": 0}, update))
+    centers, x = jnp.zeros((3, 2)), rng.normal(size=(2, 2)).astype(np.float32)
+    moved, state = rows.update(centers, rows.init(centers), x, [0, 2])
+    want = jcl.update_centers(centers, x, [0, 2], alpha=0.5, rule="gradient")
+    np.testing.assert_allclose(moved, want, rtol=1e-6)
+    assert state["steps"] == 1
 
 
 @pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)

@@ -51,6 +51,9 @@ FUNCTIONS = {
     "paper": lambda c, x, y, w: jcl.update_centers(c, x, y, where=w),
     "gradient": lambda c, x, y, w: jcl.update_centers({"centers": c}, x, y, where=w, rule="gradient"),
     "rows": lambda c, x, y, w: ROWS.update(c, ROWS.init(c), x, y, where=w, rule="paper"),
+    "rounded": lambda c, x, y, w: jcl.update_centers(
+        c.astype(jnp.float16), x, y, where=w, rounding_key=jax.random.key(0)
+    ),
     "distances": lambda c, x, y, w: jcl.distance_map(c, x),
     "nearest": lambda c, x, y, w: jcl.nearest_center(c, x),
     "metrics": lambda c, x, y, w: jcl.center_metrics(c, x, y, where=w, previous=0.5 * c),

@@ -72,7 +72,8 @@ def test_what_does_not_fit_is_refused(mesh):
     with pytest.raises(ValueError, match=r"needs a mesh: make the centers under `jax.set_mesh"):
         init(C, D, out_sharding=SPEC)
     with pytest.raises(
-        TypeError, match=r"out_sharding must be a .*PartitionSpec or NamedSharding, got 'classes'"
+        TypeError,
+        match=r"out_sharding must be a .*PartitionSpec or NamedSharding, or .*Format, got 'classes'",
     ):
         init(C, D, out_sharding="classes")
     with pytest.raises(ValueError, match=r"\('classes', None, 'data'\) has 3 entries, .* two dimensions"):

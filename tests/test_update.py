@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jax_centerloss as jcl
-from jax_centerloss import _table
+from jax_centerloss import _groups
 
 
 def by_hand(centers, x, labels, used, alpha, rule):
@@ -226,18 +226,29 @@ def test_no_stride_of_the_labels_makes_the_search_long(monkeypatch):
     for n in (255, 256):
         rounds.clear()
         labels = jnp.arange(n, dtype=jnp.int32) * 2**20 % 2**26 + jnp.arange(n, dtype=jnp.int32) // 64
-        jax.block_until_ready(jax.jit(_table.slots, static_argnums=2)(labels, labels >= 0, 2**26))
+        jax.block_until_ready(_groups.slots_on(labels, labels >= 0, 2**26, "cpu"))
         jax.effects_barrier()
         assert 1 <= len(rounds) < 12
 
 
-def test_where_classes_are_fewer_than_samples_there_is_no_search():
-    for classes, searched in ((6, False), (3000, True)):
-        shapes = (
-            jax.ShapeDtypeStruct(s, t)
-            for s, t in (((classes, 2), "float32"), ((8, 2), "float32"), ((8,), "int32"))
-        )
-        assert ("while" in str(jax.make_jaxpr(jcl.update_centers)(*shapes))) == searched
+@pytest.mark.parametrize("classes", [6, 3000])
+@pytest.mark.usefixtures("for_its_platform")
+def test_only_a_cpu_searches_in_a_loop_and_only_many_classes(classes):
+    shapes = (
+        jax.ShapeDtypeStruct(s, t)
+        for s, t in (((classes, 2), "float32"), ((8, 2), "float32"), ((8,), "int32"))
+    )
+    traced = jax.jit(jcl.update_centers).trace(*shapes)
+    for platform in ("cpu", "cuda", "rocm", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.while" in text) == (platform == "cpu" and classes == 3000)
+
+
+def test_more_classes_than_indices_are_refused():
+    shape = jax.ShapeDtypeStruct
+    table, x, labels = shape((2**31 - 2, 1), jnp.float16), shape((6, 1), jnp.float16), shape((6,), jnp.int32)
+    with pytest.raises(ValueError, match=r"at most 2\*\*31 together, got 2,147,483,652"):
+        jax.eval_shape(jcl.update_centers, table, x, labels)
 
 
 def test_an_array_of_rates_is_refused():

@@ -1,0 +1,841 @@
+"""What real programs do: situations from public reports, written anew, each with its source."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.experimental import checkify
+from jax.sharding import PartitionSpec as P
+
+import jax_centerloss as jcl
+
+C, D, N = 3, 16, 48
+
+
+class RadialBasis(nnx.Module):
+    """Another layer whose parameter is called centers."""
+
+    def __init__(self, rngs):
+        self.centers = nnx.Param(jax.random.normal(rngs.params(), (D, 8)))
+
+    def __call__(self, x):
+        return jnp.exp(-jnp.sum((x[:, None] - self.centers[...][None]) ** 2, -1))
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs, **options):
+        self.rbf = RadialBasis(rngs)
+        self.head = nnx.Linear(D, C, rngs=rngs)
+        self.center_loss = jcl.nnx.CenterLoss(C, D, rngs=rngs, **options)
+
+
+@pytest.fixture
+def batch(rng):
+    return rng.normal(size=(N, 8)).astype(np.float32), rng.integers(0, C, N).astype(np.int32)
+
+
+def loss_of(model, lam, x, labels):
+    features = model.rbf(x)
+    each = optax.softmax_cross_entropy_with_integer_labels(model.head(features), labels)
+    return each.mean() + lam * model.center_loss(features, labels)
+
+
+@nnx.jit(static_argnames="lam")
+def train_step(model, optimizer, x, labels, lam):
+    grads = nnx.grad(loss_of)(model, lam, x, labels)
+    optimizer.update(model, grads)
+
+
+def table(model):
+    return np.asarray(jax.tree.leaves(nnx.state(model.center_loss))[0])
+
+
+# Whose centers.
+
+
+def test_another_layer_has_centers_too(batch):
+    # KaiyangZhou/pytorch-center-loss issue 2: λ divided out, here beside a radial basis layer.
+    model = Model(nnx.Rngs(0))
+    tx = jcl.with_center_optimizer(optax.sgd(0.0), optax.sgd(0.5), weight=1e-3)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    basis, start = np.asarray(model.rbf.centers[...]), table(model)
+    want = jcl.update_centers(start, model.rbf(batch[0]), batch[1], rule="gradient")
+    train_step(model, optimizer, *batch, lam=1e-3)
+    np.testing.assert_array_equal(model.rbf.centers[...], basis)
+    np.testing.assert_allclose(table(model), want, rtol=1e-4, atol=1e-5)
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_a_model_with_another_layers_centers_learns(batch):
+    model = Model(nnx.Rngs(0))
+    labels = np.asarray(model.rbf(batch[0]).argmax(-1) % C)
+    tx = jcl.with_center_optimizer(optax.adam(1e-2), optax.sgd(0.5), weight=1e-3)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    first = loss_of(model, 0.0, batch[0], labels)
+    for _ in range(200):
+        train_step(model, optimizer, batch[0], labels, lam=1e-3)
+    assert np.max(model.rbf(batch[0])) > 0.1  # They had collapsed to 3e-5.
+    assert loss_of(model, 0.0, batch[0], labels) < first - 0.2
+
+
+def test_centers_that_are_state_beside_another_layer():
+    model = Model(nnx.Rngs(0), centers_as="state")
+    with pytest.raises(
+        ValueError,
+        match=r"known to belong to an nnx\.CenterLoss; rbf/centers may be another layer's.*by rule",
+    ):
+        nnx.Optimizer(model, jcl.with_center_optimizer(optax.adam(1e-2)), wrt=nnx.Param)
+
+
+def test_several_center_losses_of_one_nnx_model_are_all_found(rng):
+    class Two(nnx.Module):
+        def __init__(self, rngs):
+            self.heads = (
+                nnx.List([jcl.nnx.CenterLoss(C, 2, rngs=rngs) for _ in range(2)])
+                if hasattr(nnx, "List")
+                else [jcl.nnx.CenterLoss(C, 2, rngs=rngs) for _ in range(2)]
+            )
+            self.rbf = RadialBasis(rngs)
+
+    model = Two(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, jcl.with_center_optimizer(optax.sgd(0.0), optax.sgd(1.0)), wrt=nnx.Param)
+    before = [np.asarray(head.centers[...]) for head in model.heads]
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    for head, start in zip(model.heads, before, strict=True):
+        np.testing.assert_allclose(head.centers[...], start - 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rbf", "vlad", "clusters"])
+def test_two_layers_with_centers_in_a_plain_tree_are_an_error(name):
+    # NetVLAD and deep clustering have a parameter of that name as well.
+    params = {name: {"centers": jnp.ones((4, 2))}, "loss": {"centers": jnp.ones((3, 2))}, "w": jnp.ones(2)}
+    with pytest.raises(
+        ValueError, match=rf"{name}/centers.*select=lambda path, leaf: path == \(.center_loss"
+    ):
+        jcl.with_center_optimizer(optax.sgd(0.1)).init(params)
+    tx = jcl.with_center_optimizer(optax.sgd(0.1), select=lambda path, leaf: path == ("loss", "centers"))
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates[name]["centers"], -0.1 * np.ones((4, 2)), rtol=1e-6)
+    np.testing.assert_allclose(updates["loss"]["centers"], -0.5 * np.ones((3, 2)), rtol=1e-6)
+
+
+def test_centers_of_ones_own_in_nnx_are_named_by_select():
+    class Own(nnx.Module):
+        def __init__(self):
+            self.centers = nnx.Param(jnp.zeros((C, 2)))
+
+    model = Own()
+    with pytest.raises(ValueError, match="say so by `select`"):
+        nnx.Optimizer(model, jcl.with_center_optimizer(optax.sgd(0.1)), wrt=nnx.Param)
+    tx = jcl.with_center_optimizer(optax.sgd(0.1), select=lambda path, leaf: path == ("centers",))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
+    np.testing.assert_allclose(model.centers[...], -0.5 * np.ones((C, 2)))
+
+
+# λ.
+
+
+@pytest.mark.parametrize("own", [optax.sgd(0.5), optax.sgd(0.5, momentum=0.9), optax.adam(0.1)])
+@jax.numpy_dtype_promotion("standard")
+def test_lambda_warmed_up_from_zero(rng, own):
+    # KaiyangZhou/pytorch-center-loss issues 7 and 25: the weight, divided out by hand, and NaN.
+    x, labels = rng.normal(size=(N, 2)).astype(np.float32), rng.integers(0, C, N)
+
+    def lam(step):
+        return jnp.maximum(0.0, 0.01 * (step.astype(jnp.float32) - 1))  # 0 in the first two steps.
+
+    tx = jcl.with_center_optimizer(optax.sgd(0.1), own, weight=lam)
+    params = want = {"centers": jnp.ones((C, 2))}
+    state, own_state = tx.init(params), own.init(want)
+    for step in range(5):
+        grads = jax.grad(lambda p, s=step: lam(jnp.int32(s)) * jcl.center_loss(p, x, labels))(params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        if step >= 2:  # Before that, centers and their optimizer rest.
+            updates, own_state = own.update(jax.grad(jcl.center_loss)(want, x, labels), own_state, want)
+            want = optax.apply_updates(want, updates)
+        np.testing.assert_allclose(params["centers"], want["centers"], rtol=1e-4)
+
+
+def test_lambda_that_returns_to_zero_leaves_centers_at_rest():
+    # Momentum and weight decay would carry them on.
+    own = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.5, momentum=0.9))
+    tx = jcl.with_center_optimizer(optax.sgd(0.1), own, weight=lambda n: jnp.where(n < 1, 0.5, 0.0))
+    params = {"centers": jnp.ones((C, 2))}
+    updates, state = tx.update(params, tx.init(params), params)
+    assert np.all(updates["centers"] != 0)
+    updates, after = tx.update(params, state, params)
+    np.testing.assert_array_equal(updates["centers"], np.zeros((C, 2)))
+    trace = [leaf for leaf in jax.tree.leaves(after) if leaf.ndim]
+    for old, new in zip([leaf for leaf in jax.tree.leaves(state) if leaf.ndim], trace, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("lam", [5e-4, 1e-5, np.float32(0.1), jnp.float32(2)])
+def test_lambda_divides_tables_of_every_dtype(lam, dtype):
+    # 1 / 1e-5 is infinite in float16.
+    params = {"centers": jnp.ones((C, 2), dtype)}
+    grads = {"centers": jnp.full((C, 2), 0.25 * float(lam), jnp.float32).astype(dtype)}
+    tx = jcl.with_center_optimizer(optax.sgd(0.1), optax.sgd(1.0), weight=lam)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert updates["centers"].dtype == dtype
+    want = -np.asarray(grads["centers"], np.float64) / float(lam)
+    np.testing.assert_allclose(np.asarray(updates["centers"], np.float64), want, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "words"),
+    [
+        ("0.1", TypeError, "weight must be a number, got str.*optax schedule"),
+        (np.ones(3), ValueError, r"weight must be a number or a scalar array, got shape \(3,\)"),
+        ({"lam": 0.1}, TypeError, "weight must be a number, got a dict"),
+        (1 + 2j, TypeError, "weight must be a real number, got complex64"),
+        (-0.1, ValueError, r"weight must not be negative or NaN, got -0\.1"),
+        (np.nan, ValueError, "weight must not be negative or NaN"),
+    ],
+)
+def test_a_lambda_that_is_no_number_is_refused(weight, error, words):
+    with pytest.raises(error, match=words):
+        jcl.with_center_optimizer(optax.sgd(0.1), weight=weight)
+
+
+# What optax wraps around.
+
+
+def frozen(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: "rbf" in jax.tree_util.keystr(path), params)
+
+
+def trained(params):
+    return jax.tree.map(lambda freeze: not freeze, frozen(params))
+
+
+def groups(params):
+    return jax.tree.map(lambda freeze: "freeze" if freeze else "train", frozen(params))
+
+
+WRAPPERS = {
+    # google-deepmind/optax issues 296 and 1148, google/flax issue 3050: freezing, with NNX and Linen.
+    "masked": lambda tx: optax.chain(optax.masked(tx, trained), optax.masked(optax.set_to_zero(), frozen)),
+    "partition": lambda tx: optax.partition({"train": tx, "freeze": optax.set_to_zero()}, groups),
+    "chain": lambda tx: optax.chain(optax.clip(1e6), tx),
+    "named chain": lambda tx: optax.named_chain(("all", tx)),
+    "apply if finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "conditionally": lambda tx: optax.conditionally_mask(tx, lambda step: step >= 0),
+    "gradient accumulation": lambda tx: optax.MultiSteps(tx, 1),
+    "inject": lambda tx: optax.inject_hyperparams(
+        lambda learning_rate: jcl.with_center_optimizer(optax.sgd(learning_rate), optax.sgd(0.5), weight=1e-3)
+    )(learning_rate=0.0),
+}
+
+
+@pytest.mark.parametrize("as_nnx", [True, False], ids=["nnx", "dict"])
+@pytest.mark.parametrize("name", WRAPPERS)
+@jax.numpy_dtype_promotion("standard")
+def test_what_optax_wraps_around(batch, name, as_nnx):
+    inner = jcl.with_center_optimizer(optax.sgd(0.0), optax.sgd(0.5), weight=1e-3)
+    tx = WRAPPERS[name](inner)
+    model = Model(nnx.Rngs(0))
+    want = jcl.update_centers(table(model), model.rbf(batch[0]), batch[1], rule="gradient")
+    if as_nnx:
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        train_step(model, optimizer, *batch, lam=1e-3)
+        got = table(model)
+    else:
+        grads = nnx.to_pure_dict(nnx.grad(loss_of)(model, 1e-3, *batch))
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        for tree in (grads, params):
+            tree["rbf"] = {"means": tree["rbf"]["centers"]}
+        updates, _ = tx.update(grads, tx.init(params), params)
+        got = optax.apply_updates(params, updates)["center_loss"]["centers"]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_optimizers_state_is_mapped_by_its_params():
+    # optax.tree.map_params places a state beside its params; it calls init with a placeholder.
+    params = {"w": jnp.ones(2), "loss": {"centers": jnp.ones((C, 2))}}
+    tx = jcl.with_center_optimizer(optax.adam(0.1), optax.sgd(0.1, momentum=0.9), weight=0.1)
+    state = tx.init(params)
+    doubled = optax.tree_utils.tree_map_params(tx, lambda leaf: leaf + 1, state)
+    assert sum(float(jnp.sum(leaf)) for leaf in jax.tree.leaves(doubled)) == 2 + 2 + C * 2
+
+
+def test_a_linen_train_state(batch):
+    from flax.training.train_state import TrainState
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, labels):
+            return jcl.linen.CenterLoss(C, 4, name="center_loss")(nn.Dense(4)(x), labels)
+
+    params = Net().init(jax.random.key(0), *batch)["params"]
+    tx = optax.masked(
+        jcl.with_center_optimizer(optax.sgd(0.0), weight=0.1),
+        lambda p: jax.tree_util.tree_map_with_path(lambda path, _: "bias" not in str(path), p),
+    )
+    state = TrainState.create(apply_fn=Net().apply, params=params, tx=tx)
+    grads = jax.grad(lambda p: 0.1 * state.apply_fn({"params": p}, *batch))(params)
+    moved = state.apply_gradients(grads=grads).params["center_loss"]["centers"]
+    x = nn.Dense(4).apply({"params": params["Dense_0"]}, batch[0])
+    want = jcl.update_centers(params["center_loss"], x, batch[1], rule="gradient")["centers"]
+    np.testing.assert_allclose(moved, want, rtol=1e-5, atol=1e-6)
+
+
+# Centers that nothing moves.
+
+
+def test_the_gradient_of_centers_that_are_state_is_there_for_who_asks(rng):
+    # davidsandberg/facenet issue 575 and michuanhaohao/reid-strong-baseline issue 181: they never moved.
+    x, labels = rng.normal(size=(N, 2)).astype(np.float32), rng.integers(0, C, N)
+    module = jcl.nnx.CenterLoss(C, 2, centers_as="state", rngs=nnx.Rngs(0))
+    want = jcl.update_centers(nnx.state(module), x, labels, rule="gradient")
+    optimizer = nnx.Optimizer(module, optax.sgd(0.5), wrt=jcl.nnx.Centers)
+    wrt = nnx.DiffState(0, nnx.Any(nnx.Param, jcl.nnx.Centers))
+    optimizer.update(module, nnx.grad(lambda m: m(x, labels), argnums=wrt)(module))
+    np.testing.assert_allclose(module.centers[...], jax.tree.leaves(want)[0], rtol=1e-5)
+
+
+def test_state_in_an_optimizer_of_all_is_trained_and_not_only_shrunk(rng):
+    x, labels = rng.normal(size=(N, 2)).astype(np.float32), rng.integers(0, C, N)
+    module = jcl.nnx.CenterLoss(C, 2, centers_as="state", rngs=nnx.Rngs(0))
+    everything = nnx.Any(nnx.Param, jcl.nnx.Centers)
+    optimizer = nnx.Optimizer(module, optax.adamw(0.05), wrt=everything)
+
+    @nnx.jit
+    def step(module, optimizer):
+        loss, grads = nnx.value_and_grad(lambda m: m(x, labels), argnums=nnx.DiffState(0, everything))(module)
+        optimizer.update(module, grads)
+        return loss
+
+    with jax.numpy_dtype_promotion("standard"):
+        losses = [step(module, optimizer) for _ in range(60)]
+    means = np.stack([x[labels == j].mean(0) for j in range(C)])
+    assert losses[-1] < losses[0]
+    assert np.abs(module.centers[...] - means).max() < 0.3
+
+
+def test_with_center_optimizer_takes_state_where_its_type_is_asked_for():
+    module = jcl.nnx.CenterLoss(C, 2, centers_as="state", rngs=nnx.Rngs(0))
+    start = np.asarray(module.centers[...])
+    tx = jcl.with_center_optimizer(optax.sgd(0.0), optax.sgd(1.0))
+    optimizer = nnx.Optimizer(module, tx, wrt=jcl.nnx.Centers)
+    optimizer.update(module, jax.tree.map(jnp.ones_like, nnx.state(module)))
+    np.testing.assert_allclose(module.centers[...], start - 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("centers_as", ["param", "state"])
+def test_an_assigned_array_goes_into_the_variable(rng, centers_as):
+    # As `criterion.centers.data = ...` does in PyTorch.
+    x, labels = rng.normal(size=(N, 2)).astype(np.float32), rng.integers(0, C, N)
+    module = jcl.nnx.CenterLoss(C, 2, centers_as=centers_as, rngs=nnx.Rngs(0))
+    kind = type(module.centers)
+    module.centers = np.ones((C, 2), np.float32)
+    assert type(module.centers) is kind
+    np.testing.assert_array_equal(module.centers[...], np.ones((C, 2)))
+    tx = jcl.with_center_optimizer(optax.sgd(0.1), optax.sgd(0.5))
+    optimizer = nnx.Optimizer(module, tx, wrt=kind)
+    grads = nnx.grad(lambda m: m(x, labels), argnums=nnx.DiffState(0, kind))(module)
+    optimizer.update(module, grads)
+    want = jcl.update_centers(np.ones((C, 2), np.float32), x, labels, rule="gradient")
+    np.testing.assert_allclose(module.centers[...], want, rtol=1e-5)
+
+
+def test_an_assigned_table_keeps_kind_dtype_and_placement():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, P("d", None))
+    options = {"param_dtype": jnp.bfloat16, "out_sharding": split, "centers_as": "state"}
+    module = jcl.nnx.CenterLoss(8, 2, **options, rngs=nnx.Rngs(0))
+    for value in (np.ones((8, 2), np.float32), nnx.Param(jnp.ones((8, 2)))):
+        module.centers = value
+        (centers,) = jax.tree.leaves(nnx.state(module, jcl.nnx.Centers))
+        assert centers.dtype == jnp.bfloat16
+        assert centers.sharding.is_equivalent_to(split, 2)
+        np.testing.assert_array_equal(np.asarray(centers, np.float32), 1)
+    with pytest.raises(ValueError, match=r"CenterLoss\(8, 2\), but its centers have shape \(6, 2\)"):
+        module.centers = np.ones((6, 2), np.float32)
+    with pytest.raises(TypeError, match="centers must be floating point"):
+        module.centers = np.ones((8, 2), int)
+    other = jcl.nnx.CenterLoss(8, 2, **options, rngs=nnx.Rngs(1))
+    other.centers = module.centers  # Shared.
+    assert other.centers is module.centers
+
+
+def test_a_replaced_parameter_is_still_of_the_center_loss():
+    module = jcl.nnx.CenterLoss(C, 2, rngs=nnx.Rngs(0))
+    module.centers = nnx.Param(jnp.zeros((C, 2)))
+    optimizer = nnx.Optimizer(
+        module, jcl.with_center_optimizer(optax.sgd(0.0), optax.sgd(1.0)), wrt=nnx.Param
+    )
+    optimizer.update(module, jax.tree.map(jnp.ones_like, nnx.state(module)))
+    np.testing.assert_array_equal(module.centers[...], -np.ones((C, 2)))
+
+
+def test_a_model_that_can_be_called_is_a_tree_like_any_other():
+    # Equinox's modules are such trees.
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Callable:
+        centers: jax.Array
+        w: jax.Array
+
+        def __call__(self, x):
+            return x @ self.w
+
+    model = Callable(jnp.ones((C, 2)), jnp.ones((2, 2)))
+    tx = jcl.with_center_optimizer(optax.sgd(0.1), optax.sgd(0.7))
+    updates, _ = tx.update(model, tx.init(model), model)
+    np.testing.assert_allclose(updates.centers, -0.7 * np.ones((C, 2)), rtol=1e-6)
+    np.testing.assert_allclose(updates.w, -0.1 * np.ones((2, 2)), rtol=1e-6)
+
+
+def test_previous_that_follows_the_module_is_refused(rng):
+    x, labels = rng.normal(size=(N, 2)).astype(np.float32), rng.integers(0, C, N)
+    module = jcl.nnx.CenterLoss(C, 2, centers_as="state", rngs=nnx.Rngs(0))
+    copy, state = jax.tree.map(jnp.copy, nnx.state(module)), nnx.state(module)
+    module.update_centers(x, labels)
+    words = r"previous holds the centers themselves.*jax\.tree\.map\(jnp\.copy, params\)"
+    for previous in (module, state, nnx.state(module), module.centers, module.centers[...]):
+        for function in (jcl.center_metrics, jcl.plot):
+            with pytest.raises(ValueError, match=words):
+                function(module, x, labels, previous=previous)
+    with pytest.raises(ValueError, match=words):
+        nnx.jit(lambda m: jcl.center_metrics(m, x, labels, previous=nnx.state(m)))(module)
+    assert jcl.center_metrics(module, x, labels, previous=copy)["moved"] > 0.01
+    with pytest.raises(ValueError, match=words):
+        jax.jit(lambda c: jcl.center_metrics(c, x, labels, previous=c))(jnp.zeros((C, 2)))
+
+
+# Declared sizes.
+
+
+def test_a_linen_state_of_another_size_is_refused(rng):
+    x, labels = rng.normal(size=(4, 2)).astype(np.float32), np.arange(4)
+    variables = {"centers": {"centers": jnp.zeros((6, 2))}}
+    for options in ({}, {"mutable": ["centers"]}):
+        with pytest.raises(
+            ValueError, match=r"this is CenterLoss\(9, 2\), but its centers have shape \(6, 2\)"
+        ):
+            jcl.linen.CenterLoss(9, 2, centers_as="state").apply(variables, x, labels, **options)
+
+
+@pytest.mark.parametrize("centers_as", ["param", "state"])
+def test_an_nnx_module_that_is_given_another_table_says_so(rng, centers_as):
+    x, labels = rng.normal(size=(4, 2)).astype(np.float32), np.arange(4) % 3
+    module = jcl.nnx.CenterLoss(9, 2, centers_as=centers_as, rngs=nnx.Rngs(0))
+    nnx.update(module, jcl.from_torch({"centers": np.zeros((6, 2), np.float32)}))
+    words = r"this is CenterLoss\(9, 2\), but its centers have shape \(6, 2\)"
+    for call in (module, module.update_centers, jax.jit(lambda x, y: module(x, y))):
+        with pytest.raises(ValueError, match=words):
+            call(x, labels)
+
+
+def test_an_initializer_of_another_size_is_refused():
+    def pretrained(key, shape, dtype):
+        return np.zeros((6, 2))
+
+    for make in (
+        lambda: jcl.init_centers(jax.random.key(0), 9, 2, initializer=pretrained),
+        lambda: jcl.nnx.CenterLoss(9, 2, centers_init=pretrained, rngs=nnx.Rngs(0)),
+        lambda: jcl.linen.CenterLoss(9, 2, centers_init=pretrained).init(
+            jax.random.key(0), np.ones((1, 2), np.float32), np.zeros(1, int)
+        ),
+    ):
+        with pytest.raises(
+            ValueError, match=r"initializer must return centers of shape \(9, 2\), got \(6, 2\)"
+        ):
+            make()
+    assert jcl.init_centers(jax.random.key(0), 6, 2, initializer=pretrained)["centers"].dtype == jnp.float32
+
+
+# Memory that the caller owns (jax-ml/jax issue 37830).
+
+
+def aligned(*shape):
+    """An array that JAX takes without a copy on a CPU."""
+    size = int(np.prod(shape)) * 4
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(np.float32).reshape(shape)
+
+
+@pytest.fixture
+def asynchronous():
+    jax.config.update("jax_cpu_enable_async_dispatch", True)
+    yield
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+@pytest.mark.usefixtures("asynchronous")
+@pytest.mark.parametrize("convert", [lambda x: x, jnp.asarray, jnp.array], ids=["numpy", "asarray", "array"])
+def test_a_loader_that_fills_one_buffer(rng, convert):
+    buffer, labels = aligned(4096, 64), rng.integers(0, 4, 4096)
+    contents = [rng.normal(size=buffer.shape).astype(np.float32) for _ in range(6)]
+
+    def loader():
+        for content in contents:
+            buffer[:] = content
+            yield convert(buffer), labels
+
+    got = jcl.init_from_features(jnp.zeros((4, 64)), loader())
+    x = np.concatenate(contents).astype(np.float64)
+    want = np.stack([x[np.tile(labels, 6) == j].mean(0) for j in range(4)])
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.usefixtures("asynchronous")
+@pytest.mark.parametrize(
+    "function", [jcl.center_loss, jcl.update_centers, jcl.distance_map, jcl.nearest_center]
+)
+def test_a_buffer_that_is_filled_anew_while_a_step_runs(rng, function):
+    x, centers, labels = aligned(8192, 64), aligned(8, 64), np.zeros(8192, np.int32)
+    x[:], centers[:] = rng.normal(size=x.shape), rng.normal(size=centers.shape)
+    batch = (labels,) if function in (jcl.center_loss, jcl.update_centers) else ()
+    want = np.asarray(function(centers.copy(), x.copy(), *batch))
+    got = function(centers, x, *batch)
+    x[:], centers[:], labels[:] = 7, 3, 1
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_running_mean_does_not_stand_still():
+    batches = [(np.full((1, 1), value, np.float32), [0]) for value in (10000, 10001) for _ in range(3000)]
+    assert jcl.init_from_features(jnp.zeros((1, 1)), batches)[0, 0] == 10000.5
+
+
+# Between features.
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("reduce_fn", [None, jnp.mean])
+def test_linen_state_with_a_loss_for_each_sample_in_shard_map(rng, reduce_fn, kind):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    x, labels = rng.normal(size=(16, 2)).astype(np.float32), np.arange(16) % C
+    module = jcl.linen.CenterLoss(C, 2, centers_as="state", reduce_fn=reduce_fn, axis_name="data")
+    variables = {"centers": {"centers": jnp.zeros((C, 2))}}
+
+    def step(variables, x, labels):
+        return module.apply(variables, x, labels, mutable=["centers"])
+
+    out = P("data") if reduce_fn is None else P()
+    spread = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(out, P()))
+    placed = jax.device_put((x, labels), jax.sharding.NamedSharding(mesh, P("data")))
+    loss, moved = jax.jit(spread)(variables, *placed)
+    per_sample = (x.astype(np.float64) ** 2).sum(1)
+    np.testing.assert_allclose(loss, per_sample if reduce_fn is None else per_sample.mean(), rtol=1e-6)
+    want = jcl.update_centers(np.zeros((C, 2), np.float32), x, labels)
+    np.testing.assert_allclose(moved["centers"]["centers"], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["own_distance", "gap"])
+def test_metrics_have_a_gradient_also_of_a_sample_on_its_center(name):
+    # jax-ml/jax issues 3058 and 5798: the root at 0, and a NaN behind a mask.
+    centers = np.array([[0.0, 0.0], [3.0, 4.0]], np.float32)
+    x = np.array([[0, 0], [3, 0], [np.nan, 1]], np.float32)
+    labels = np.array([0, 0, -1])
+    gradient = jax.grad(lambda x: jcl.center_metrics(centers, x, labels)[name])(x)
+    own = np.array([[0, 0], [0.5, 0], [0, 0]])  # The mean over two samples.
+    other = np.array([[-0.3, -0.4], [0, -0.5], [0, 0]])
+    np.testing.assert_allclose(gradient, own if name == "own_distance" else other - own, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_in_a_map_of_distances(bad):
+    centers = np.array([[0.0, 0.0], [bad, 1.0], [3.0, 4.0]], np.float32)
+    x = np.array([[0.0, 0.0], [1.0, bad], [-2.0, 1.0]], np.float32)
+    distances = np.asarray(jcl.distance_map(centers, x))
+    assert np.isnan(distances[:, 1]).all()
+    assert np.isnan(distances[1]).all()
+    np.testing.assert_allclose(distances[[0, 2]][:, [0, 2]], [[0, 25], [5, 34]], atol=1e-5)
+    np.testing.assert_array_equal(jcl.nearest_center(centers, x), [0, -1, 0])
+    np.testing.assert_array_equal(jcl.nearest_center(np.full_like(centers, bad), x), [-1, -1, -1])
+
+
+@pytest.mark.parametrize("classes", [6, 3000])
+def test_the_lowest_class_wins_at_a_tie_of_whole_numbers(rng, classes):
+    for _ in range(20):
+        centers = rng.integers(-3, 4, (classes, 3)).astype(np.float32)
+        x = rng.integers(-3, 4, (50, 3)).astype(np.float32)
+        want = ((x[:, None] - centers[None]) ** 2).sum(-1).argmin(-1)
+        np.testing.assert_array_equal(jcl.nearest_center(centers, x), want)
+
+
+def test_equal_centers_tie_whatever_their_digits(rng):
+    centers = np.repeat(rng.normal(size=(1, 7)), 2500, 0).astype(np.float32)
+    np.testing.assert_array_equal(jcl.nearest_center(centers, rng.normal(size=(30, 7)).astype(np.float32)), 0)
+
+
+def test_unsigned_labels_are_masked_by_where(rng):
+    x, labels = rng.normal(size=(2, 2)).astype(np.float32), np.array([255, 3], np.uint8)
+    centers = jnp.zeros((256, 2))
+    moved = jcl.update_centers(centers, x, labels, where=np.array([False, True]))
+    np.testing.assert_array_equal(moved[255], np.zeros(2))
+    assert np.any(moved[3] != 0)
+
+
+@pytest.mark.parametrize("centers_as", ["param", "state"])
+@pytest.mark.parametrize(
+    "options",
+    [{"clip": None}, {"clip": (0.0, 0.5)}, {"reduce_fn": jnp.sum}],
+    ids=["no clamp", "clamp", "sum"],
+)
+def test_a_modules_own_loss_is_what_its_gradient_rule_descends(rng, options, centers_as):
+    x, labels = (2 * rng.normal(size=(N, 2))).astype(np.float32), rng.integers(0, C, N)
+    module = jcl.nnx.CenterLoss(C, 2, centers_as=centers_as, rngs=nnx.Rngs(0), **options)
+    start = module.centers[...]
+    gradient = jax.grad(lambda c: jcl.center_loss(c, x, labels, **options))(start)
+    module.update_centers(x, labels, alpha=0.1, rule="gradient")
+    np.testing.assert_allclose(module.centers[...], start - 0.1 * gradient, rtol=1e-5, atol=1e-6)
+    linen = jcl.linen.CenterLoss(C, 2, centers_as="state", alpha=0.1, rule="gradient", **options)
+    _, moved = linen.apply({"centers": {"centers": start}}, x, labels, mutable=["centers"])
+    np.testing.assert_allclose(moved["centers"]["centers"], start - 0.1 * gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("end", [1.0, 4.0])
+def test_a_sample_exactly_at_an_end_of_the_clamp_pulls(end):
+    # PyTorch's clamp passes the gradient on the closed interval.
+    x = np.array([[np.sqrt(end), 0.0]], np.float32)
+    module = jcl.nnx.CenterLoss(1, 2, clip=(1.0, 4.0), centers_as="state", rngs=nnx.Rngs(0))
+    module.centers = np.zeros((1, 2), np.float32)
+    module.update_centers(x, [0], alpha=0.25, rule="gradient")
+    np.testing.assert_array_equal(module.centers[...], 0.5 * x)
+    rest = np.array([[1e6, 0.0]], np.float32)  # Of the default clamp: its distance is 1e12.
+    moved = jcl.update_centers(np.zeros((1, 2), np.float32), rest, [0], alpha=0.25, rule="gradient")
+    np.testing.assert_array_equal(moved, 0.5 * rest)
+
+
+def test_momentums_state_is_not_adagrads():
+    centers = jnp.zeros((C, 2))
+    momentum, adagrad = jcl.row_optimizer(optax.sgd(0.1, 0.9)), jcl.row_optimizer(optax.adagrad(0.1))
+    with pytest.raises(ValueError, match="state is not of this optimizer"):
+        adagrad.update(centers, momentum.init(centers), jnp.ones((1, 2)), [0])
+
+
+def test_the_mean_rule_is_a_moving_average_of_class_means(rng):
+    # Prototypes; ShownX/mxnet-center-loss issue 1 asks for centers that follow the data.
+    centers, x = rng.normal(size=(C, 2)).astype(np.float32), rng.normal(size=(N, 2)).astype(np.float32)
+    labels = rng.integers(0, C - 1, N)
+    moved = jcl.update_centers(centers, x, labels, alpha=0.25, rule="mean")
+    want = centers.copy()
+    for j in range(C - 1):
+        want[j] = 0.75 * centers[j] + 0.25 * x[labels == j].mean(0)
+    np.testing.assert_allclose(moved, want, rtol=1e-5)
+    np.testing.assert_array_equal(moved[C - 1], centers[C - 1])
+    at_once = jcl.update_centers(centers, x, labels, alpha=1.0, rule="mean")
+    np.testing.assert_allclose(at_once[0], x[labels == 0].mean(0), rtol=1e-5)
+
+
+# Words.
+
+
+def schedule(step):
+    return 0.5 / (1 + step)
+
+
+X, Y, TABLE = np.zeros((4, 3), np.float32), np.zeros(4, int), np.zeros((5, 3), np.float32)
+WORDS = {
+    # google-deepmind/optax issue 1286: a schedule where a number is meant.
+    "schedule": (
+        lambda: jcl.update_centers(TABLE, X, Y, alpha=schedule),
+        TypeError,
+        r"alpha=schedule\(step\)",
+    ),
+    "optax schedule": (
+        lambda: jcl.update_centers(TABLE, X, Y, alpha=optax.cosine_decay_schedule(0.5, 10)),
+        TypeError,
+        "alpha must be a number, got the function",
+    ),
+    "linen schedule": (
+        lambda: jcl.linen.CenterLoss(5, 3, alpha=schedule),
+        TypeError,
+        r"alpha=schedule\(step\)",
+    ),
+    "labels of strings": (
+        lambda: jcl.center_loss(TABLE, X, np.array(["cat"] * 4)),
+        TypeError,
+        r"labels must be an array, got an array of str.*np\.unique",
+    ),
+    "labels None": (lambda: jcl.center_loss(TABLE, X, None), TypeError, "labels must be an array, got None"),
+    "ragged labels": (
+        lambda: jcl.center_loss(TABLE, X, [[0], [1, 2]]),
+        TypeError,
+        "labels must be an array, got a list",
+    ),
+    "float labels": (lambda: jcl.center_loss(TABLE, X, Y.astype(float)), TypeError, r"labels\.astype\(int\)"),
+    "one-hot labels": (
+        lambda: jcl.center_loss(TABLE, X, np.eye(5, dtype=np.float32)[Y]),
+        TypeError,
+        "argmax",
+    ),
+    "a model's output": (
+        lambda: jcl.center_loss(TABLE, {"features": X, "logits": X}, Y),
+        TypeError,
+        "x must be an array, got a dict with the keys 'features', 'logits'. Pass the features",
+    ),
+    "a tuple": (
+        lambda: jcl.center_loss(TABLE, (X, X[:2]), Y),
+        TypeError,
+        "x must be an array, got a tuple of 2",
+    ),
+    "x None": (lambda: jcl.nearest_center(TABLE, None), TypeError, "x must be an array, got None"),
+    "swapped": (
+        lambda: jcl.nearest_center(X, {"centers": TABLE}),
+        TypeError,
+        r"they come first: \(params, x\)",
+    ),
+    "swapped labels": (lambda: jcl.center_loss(TABLE, Y, X), TypeError, r"Labels come after it"),
+    "params None": (lambda: jcl.center_loss(None, X, Y), ValueError, "params must hold exactly one array"),
+    "after": (
+        lambda: jcl.update_centers(TABLE, X, Y, after={"loss": "loss"}),
+        TypeError,
+        "a leaf of after must be an array, got str",
+    ),
+    "where of words": (
+        lambda: jcl.center_loss(TABLE, X, Y, where="all"),
+        TypeError,
+        "where must be an array, got str",
+    ),
+    "float where": (
+        lambda: jcl.update_centers(TABLE, X, Y, where=np.ones(4, np.float32)),
+        TypeError,
+        "weights go into `weights`",
+    ),
+    "select": (
+        lambda: jcl.with_center_optimizer(optax.sgd(0.1), select="centers"),
+        TypeError,
+        "select must be a function",
+    ),
+    "reduce_fn in nnx": (
+        lambda: jcl.nnx.CenterLoss(5, 3, reduce_fn="sum", rngs=nnx.Rngs(0)),
+        ValueError,
+        "reduce_fn must be",
+    ),
+    "reduce_fn in linen": (
+        lambda: jcl.linen.CenterLoss(5, 3, reduce_fn="sum"),
+        ValueError,
+        "reduce_fn must be",
+    ),
+    "clip in nnx": (lambda: jcl.nnx.CenterLoss(5, 3, clip=1.0, rngs=nnx.Rngs(0)), ValueError, "clip must be"),
+    "clip in linen": (lambda: jcl.linen.CenterLoss(5, 3, clip=1.0), ValueError, "clip must be"),
+    "sizes in linen": (lambda: jcl.linen.CenterLoss(5, 0), ValueError, "feat_dim must be at least 1"),
+    "sizes of floats": (
+        lambda: jcl.nnx.CenterLoss(5.0, 3, rngs=nnx.Rngs(0)),
+        TypeError,
+        r"num_classes must be an integer, got 5\.0",
+    ),
+    "centers_as": (
+        lambda: jcl.linen.CenterLoss(5, 3, centers_as="buffer"),
+        ValueError,
+        "centers_as must be one of",
+    ),
+    "a table for init": (
+        lambda: jcl.nnx.CenterLoss(5, 3, centers_init=TABLE, rngs=nnx.Rngs(0)),
+        TypeError,
+        "lambda key, shape, dtype: centers",
+    ),
+    # pytorch/audio issue 3911 and many more: what a safe loader refuses; and a path where none is.
+    "no file": (lambda: jcl.from_torch("nowhere.pth.tar"), FileNotFoundError, "nowhere"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "words"), WORDS.values(), ids=WORDS)
+def test_an_argument_that_is_none_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_a_missing_label_is_ignored():
+    # NaN as an integer, as pandas and NumPy have it, is -2**63, of which 32 bits are 0.
+    with np.errstate(invalid="ignore"):
+        labels = np.array([np.nan, 1.0]).astype(np.int64)
+    centers, x = np.array([[0, 0], [5, 5]], np.float32), np.array([[1, 1], [5, 5]], np.float32)
+    assert labels[0] < -(2**62)
+    for function in (jcl.center_loss, jcl.update_centers):
+        np.testing.assert_array_equal(function(centers, x, labels), function(centers, x, [-1, 1]))
+    large = jcl.center_loss(centers, x, [1, 1], weights=np.full(2, 2**32))
+    np.testing.assert_allclose(large, jcl.center_loss(centers, x, [1, 1]), rtol=1e-6)
+
+
+def test_an_infinite_weight_shows_by_every_rule():
+    for rule in ("paper", "gradient", "mean"):
+        x = np.zeros((1, 2), np.float32)
+        assert np.isnan(jcl.update_centers(x, x, [0], weights=np.array([np.inf]), rule=rule)).all()
+
+
+def test_labels_of_64_bits_are_named_where_they_are_known():
+    # jax-ml/jax issue 18385: under jit they wrap before this library sees them.
+    with pytest.raises(ValueError, match="label 4294967296 is out of range"):
+        jcl.center_loss(TABLE, X, np.array([0, 1, 2**32, 3]))
+
+
+# checkify of a whole step.
+
+
+def test_nnx_checkify_of_a_whole_training_step(batch):
+    model = Model(nnx.Rngs(0))
+    tx = jcl.with_center_optimizer(optax.sgd(0.1), weight=1e-3)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    def step(model, optimizer, x, labels):
+        def loss_fn(model):
+            features = model.rbf(x)
+            jcl.check_batch(model.center_loss, features, labels)
+            return model.center_loss(features, labels)
+
+        loss, grads = nnx.value_and_grad(loss_fn)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    x = batch[0].copy()
+    x[3, 2] = np.nan
+    error, _ = nnx.checkify(nnx.jit(step))(model, optimizer, x, jnp.asarray(batch[1]))
+    assert f"of class {batch[1][3]}, is nan" in error.get()
+
+
+def test_checkify_of_a_step_by_rows_with_weights(batch):
+    rows = jcl.row_optimizer(optax.sgd(0.1, momentum=0.9))
+    centers = jnp.zeros((C, 8))
+
+    def step(centers, state, x, labels, weights):
+        jcl.check_batch(centers, x, labels, weights=weights)
+        return rows.update(centers, state, x, labels, weights=weights)
+
+    weights = jnp.ones(N).at[5].set(-3.0)
+    error, _ = checkify.checkify(jax.jit(step))(
+        centers, rows.init(centers), *map(jnp.asarray, batch), weights
+    )
+    assert f"the weight of a used sample, of class {batch[1][5]}, is -3" in error.get()
+
+
+# PaddleOCR issues 3962, 4366, 6947, 9160, 10131: lines of text, labels by argmax, blanks left out.
+
+
+def test_frames_of_a_line_with_labels_by_argmax(rng):
+    logits = rng.normal(size=(4, 9, C + 1)).astype(np.float32)  # (batch, time, classes and the blank)
+    x = rng.normal(size=(4, 9, 2)).astype(np.float32)
+    labels = np.asarray(jnp.argmax(logits, -1)) - 1  # The blank is class 0, and becomes -1.
+    centers = rng.normal(size=(C, 2)).astype(np.float32)
+    used = labels >= 0
+    want = np.mean(((x[used] - centers[labels[used]]) ** 2).sum(-1))
+    np.testing.assert_allclose(jcl.center_loss(centers, x, labels, clip=None), want, rtol=1e-5)
+    by_time = jcl.center_loss(centers, x.swapaxes(0, 1), labels.T, clip=None)
+    np.testing.assert_allclose(by_time, want, rtol=1e-5)
+    # Its centers come from a trained model, and no optimizer moves them.
+    frozen = jax.grad(lambda c: jcl.center_loss(jax.lax.stop_gradient(c), x, labels))(centers)
+    np.testing.assert_array_equal(frozen, np.zeros((C, 2)))
+
+
+def test_large_rates_of_the_gradient_rule_run_off_and_the_papers_does_not():
+    # davidsandberg/facenet issues 820 and 980: the loss grows to infinity with many samples of one class.
+    x, labels = np.zeros((8, 1), np.float32), np.zeros(8, int)
+    far = near = jnp.ones((1, 1))
+    for _ in range(20):
+        far = jcl.update_centers(far, x, labels, rule="gradient", alpha=0.5 * 8 / 2)  # facenet's, alfa = 0.5
+        near = jcl.update_centers(near, x, labels, rule="paper", alpha=0.5)
+    assert abs(far[0, 0]) > 1e5
+    assert abs(near[0, 0]) < 1e-4

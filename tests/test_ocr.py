@@ -1,0 +1,304 @@
+"""Reading lines, of strokes drawn for these tests, or of the real drawings in CENTERLOSS_DATA/omniglot."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import _lines
+import _omniglot
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ocr
+import optax
+import pytest
+from flax import nnx
+from test_omniglot import archive
+
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
+
+REAL = os.environ.get("CENTERLOSS_DATA")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("omniglot")
+    for seed, name in enumerate(("images_background", "images_evaluation")):
+        archive(made, name, 1, 6, 20, seed)
+    return made
+
+
+@pytest.fixture(scope="module")
+def drawings(folder):
+    return _omniglot.load(folder, "images_evaluation", ocr.SIDE)
+
+
+def arguments(tmp_path, *flags):
+    small = {"characters": 6, "length": 4, "width": 64, "test-lines": 64, "mean-lines": 64, "variants": 2}
+    small |= {"batch-size": 16, "feat-dim": 16, "seeds": 1}
+    given = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    return [*given, "--out", str(tmp_path), *flags]
+
+
+@pytest.mark.slow
+def test_learns_and_compares(folder, tmp_path, capsys):
+    flags = arguments(
+        tmp_path, "--data", str(folder), "--steps", "300", "--more-steps", "20", "--sequence", "conv"
+    )
+    if REAL:
+        flags = ["--data", str(Path(REAL) / "omniglot"), "--quick", "--out", str(tmp_path)]
+    results = ocr.main([*flags, "--lam", "0.5"])
+    assert set(results) == set(ocr.ARMS)
+    for (run,) in results.values():
+        assert np.mean(run["losses"][-20:]) < 0.5 * np.mean(run["losses"][:20])
+        assert run["cer"] < (70 if REAL else 50)
+        assert 0 < run["blank"] < 100
+    (plain,), (fixed,), (moved,), (norm,) = (results[arm] for arm in ocr.ARMS)
+    # The arms part after the same steps, and centers pull frames in.
+    steps = 200 if REAL else 300
+    assert plain["losses"][:steps] == moved["losses"][:steps] == norm["losses"][:steps]
+    assert plain["losses"][steps] == moved["losses"][steps]  # The CTC loss alone, of the same weights.
+    assert plain["losses"][steps + 2] != moved["losses"][steps + 2]
+    assert max(fixed["own_distance"], moved["own_distance"]) < plain["own_distance"]
+    printed = capsys.readouterr().out
+    # On easy strokes no two characters may be confused.
+    drawn = ["ocr.png", *(["ocr_features.png"] if "ocr_features.png" in printed else [])]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == drawn
+    assert all((tmp_path / picture).read_bytes().startswith(b"\x89PNG") for picture in drawn)
+    assert "| centers moved by the paper's rule - CTC alone" in printed
+    assert "±" not in printed
+
+
+def test_lambda_is_chosen_on_characters_that_are_not_compared(folder, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def run(args, text, seed, arms, bar):
+        seen.append((text, seed, arms))
+        metrics = dict.fromkeys((*ocr.METRICS, "unknown"), 0)
+        found = {(arm, lam): metrics | {"cer": 10 + abs(lam - 0.2)} for arm, lam in arms}
+        reading = ocr.Reading(np.zeros((64, 16, 2)), np.zeros((64, 16), int), [[]] * 64, np.zeros(64, bool))
+        return found, dict.fromkeys(("before", *ocr.ARMS), reading)
+
+    monkeypatch.setattr(ocr, "run", run)
+    grid = ["--grid", "0.01", "0.2", "0.5"]
+    ocr.main(arguments(tmp_path, "--data", str(folder), "--select", "2", *grid))
+    (chosen_on, first, tried), (_, second, _), (compared, seed, arms) = seen
+    assert (first, second, seed) == (1000, 1001, 0)
+    assert tried == [
+        ("ctc", 0.0),
+        *((arm, lam) for arm in ("fixed", "moved", "norm") for lam in (0.01, 0.2, 0.5)),
+    ]
+    assert arms == [("ctc", 0.0), ("fixed", 0.2), ("moved", 0.2), ("norm", 0.2)]
+    other = (
+        _omniglot.load(folder, "images_background", ocr.SIDE),
+        _omniglot.load(folder, "images_evaluation", ocr.SIDE),
+    )
+    for text, data in zip((chosen_on, compared), other, strict=True):
+        again = ocr.prepare(ocr.parse_args(arguments(tmp_path)), data)
+        np.testing.assert_array_equal(text.test.images, again.test.images)
+    assert "Chosen: λ = 0.2 for centers fixed at the means" in capsys.readouterr().out
+
+
+def test_lines_hold_the_characters_they_name(drawings):
+    # Of glyphs that are blocks of so many columns as their number, lines can be read off by eye.
+    images = np.zeros((3, _lines.GLYPH, _lines.GLYPH), np.uint8)
+    for c, wide in enumerate((4, 6, 9)):
+        images[c, :, :wide] = 255
+    glyphs = _lines.Glyphs(images, np.array([4, 6, 9]), [np.array([c]) for c in range(3)])
+    lines = _lines.compose(glyphs, 200, 5, 128, np.random.default_rng(0))
+    lengths = np.count_nonzero(lines.labels, axis=1)
+    assert sorted(set(lengths)) == [1, 2, 3, 4, 5]
+    assert lines.images.shape == (200, _lines.HEIGHT, 128)
+    for image, frames, labels, length in zip(lines.images, lines.frames, lines.labels, lengths, strict=True):
+        assert np.all(labels[:length] > 0)
+        assert not np.any(labels[length:])
+        ink = np.flatnonzero((image > 120).sum(0) > _lines.GLYPH // 2)
+        widths = np.array([4, 6, 9])[labels[:length] - 1].sum()
+        # Two columns of each neighbour may lie under it, or three of paper between them.
+        assert widths - 2 * (length - 1) <= len(ink) <= widths
+        assert _lines.FRAME * frames >= ink[-1] + 1
+        assert frames >= 2 * length - 1  # CTC needs a blank between equal characters.
+        assert not np.any(image[:, _lines.FRAME * frames :])
+
+
+def test_lines_are_of_the_writers_asked_for(drawings, tmp_path):
+    args = ocr.parse_args(arguments(tmp_path))
+    # The drawings of writers above 14 are made blank. So then are test lines, and no glyph for training.
+    blank = np.where(drawings.writers[:, None, None] > ocr.TRAIN_WRITERS, np.uint8(0), drawings.images)
+    text = ocr.prepare(args, dataclasses.replace(drawings, images=blank))
+    drawn = [glyph.max() for glyph in text.glyphs.images]
+    assert len(drawn) == args.variants * np.sum(drawings.writers <= ocr.TRAIN_WRITERS)
+    assert min(drawn) > 60
+    assert text.train.images.max() > 200
+    noise = 20 * 5.5  # Grain of a standard deviation of up to 20, and 5.5 of them.
+    assert text.test.images.max() < noise
+    assert text.test.labels.max() == args.characters
+
+
+def test_lines_of_one_seed_are_the_same(drawings, tmp_path):
+    args = ocr.parse_args(arguments(tmp_path))
+    text = ocr.prepare(args, drawings)
+    first, again, other = (next(ocr.make_lines(args, text, 1, seed)) for seed in ((0, 1), (0, 1), (1, 1)))
+    np.testing.assert_array_equal(first.images, again.images)
+    assert not np.array_equal(first.images, other.images)
+
+
+def test_frames_are_masked_where_they_have_no_character():
+    logits = jnp.log(jnp.eye(3)[jnp.array([[0, 1, 1, 0, 2, 2], [2, 0, 1, 1, 0, 1]])] + 1e-3)
+    frames = jnp.array([5, 3])
+    labels, where = ocr.by_character(logits, frames, blanks=False)
+    np.testing.assert_array_equal(labels, [[0, 1, 1, 0, 2, 2], [2, 0, 1, 1, 0, 1]])
+    np.testing.assert_array_equal(where, [[0, 1, 1, 0, 1, 0], [1, 0, 1, 0, 0, 0]])
+    _, where = ocr.by_character(logits, frames, blanks=True)
+    np.testing.assert_array_equal(where, [[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
+
+
+def test_what_stands_in_the_padding_changes_nothing(drawings, tmp_path):
+    args = ocr.parse_args(arguments(tmp_path))
+    text = ocr.prepare(args, drawings)
+    model = ocr.Reader(6, "lstm", 16, rngs=nnx.Rngs(0))
+    model.eval()
+    lines = text.test
+    short = np.flatnonzero(lines.frames < 10)[:4]
+    assert len(short) == 4
+    images, frames = lines.images[short].copy(), lines.frames[short]
+    x, _ = ocr.read_frames(model, images, frames)
+    # Beyond what the convolutions see from the last frame.
+    for image, n in zip(images, frames, strict=True):
+        image[:, 4 * (n + 2) :] = 255
+    y, _ = ocr.read_frames(model, images, frames)
+    inside = np.asarray(ocr.within(frames, x.shape[1]))
+    np.testing.assert_allclose(np.asarray(x)[inside], np.asarray(y)[inside], atol=1e-6)
+
+
+@pytest.fixture
+def step(drawings, tmp_path):
+    """What a step makes of the centers and of the parameters of one and the same network."""
+    text = ocr.prepare(ocr.parse_args(arguments(tmp_path)), drawings)
+    lines = next(ocr.make_lines(ocr.parse_args(arguments(tmp_path)), text, 1, (0, 0)))
+    tx = ocr.make_optimizer("fall", 0.01, 10, 0.0)
+
+    def run(lam, alpha, centers, known=None, blanks=False):
+        model = ocr.Reader(6, "lstm", 16, rngs=nnx.Rngs(0))
+        model.center_loss.centers = centers
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        known = np.ones(7, bool) if known is None else known
+        batch = lines.images, lines.frames, lines.labels
+        ctc = ocr.train_step(
+            model, optimizer, *batch, np.float32(lam), np.float32(alpha), known, blanks=blanks
+        )
+        (table,) = jax.tree.leaves(nnx.state(model.center_loss))
+        return np.asarray(table), np.asarray(model.head.kernel[...]), float(ctc)
+
+    return run
+
+
+def test_the_arms_differ_in_nothing_but_their_centers(step):
+    centers = np.random.default_rng(0).normal(size=(7, 16)).astype(np.float32)
+    plain, untouched, ctc = step(0.0, 0.0, centers)
+    fixed, pulled, _ = step(0.5, 0.0, centers)
+    moved, as_well, same = step(0.5, 0.5, centers)
+    np.testing.assert_array_equal(plain, centers)
+    np.testing.assert_array_equal(fixed, centers)
+    assert same == ctc  # The CTC loss alone is what is reported, before the step.
+    # In the first step it does not matter whether centers move after it.
+    np.testing.assert_array_equal(pulled, as_well)
+    assert np.any(pulled != untouched)
+    changed = np.any(moved != centers, axis=1)
+    assert changed[1:].any()
+    assert not changed[0]  # That of the blank.
+    blank, *_ = step(0.5, 0.5, centers, blanks=True)
+    assert np.any(blank[0] != centers[0])
+
+
+def test_frames_of_classes_without_a_center_pull_nothing(step):
+    centers = np.random.default_rng(0).normal(size=(7, 16)).astype(np.float32)
+    none = np.zeros(7, bool)
+    _, without, _ = step(0.0, 0.5, centers)
+    table, masked, _ = step(0.5, 0.5, centers, known=none)
+    np.testing.assert_array_equal(table, centers)
+    np.testing.assert_array_equal(masked, without)
+
+
+def test_the_padding_of_a_line_is_none_of_ctcs_business(drawings, tmp_path):
+    text = ocr.prepare(ocr.parse_args(arguments(tmp_path)), drawings)
+    frames, labels = text.test.frames[:8], text.test.labels[:8]
+    logits = np.random.default_rng(0).normal(size=(8, 16, 7)).astype(np.float32)
+    padding = 1.0 - ocr.within(frames, 16)
+    found = optax.ctc_loss(logits, padding, labels, 1.0 * (labels == 0))
+    for i, n in enumerate(frames):
+        line = labels[i][labels[i] > 0]
+        alone = optax.ctc_loss(logits[i : i + 1, :n], np.zeros((1, n)), line[None], np.zeros((1, len(line))))
+        np.testing.assert_allclose(found[i], alone[0], rtol=1e-5)
+
+
+def test_a_class_without_a_mean_is_nobodys_nearest(monkeypatch):
+    # Of six characters two are read, 1 at (10, 0, ...) and 2 at (10, 3, ...); the other centers are at 0.
+    lines = _lines.Lines(np.zeros((2, 24, 24)), np.array([6, 6]), np.array([[1, 2], [2, 0]]))
+    reading = reading_of([[0, 1, 0, 2, 0, 0], [0, 2, 2, 0, 0, 0]], lines)
+    reading.features[:] = 0
+    reading.features[reading.labels > 0, 0] = 10
+    reading.features[reading.labels == 2, 1] = 3
+    monkeypatch.setattr(ocr, "read", lambda *_: reading)
+    found, _ = ocr.judge(ocr.Reader(6, "conv", 4, rngs=nnx.Rngs(0)), lines, lines)
+    assert found["own_distance"] == pytest.approx(0, abs=1e-5)
+    assert found["gap"] == pytest.approx(3, abs=1e-4)
+    assert (found["cer"], found["lines"], found["wrong"]) == (0, 100, pytest.approx(0))
+    assert found["blank"] == pytest.approx(100 * 8 / 12)
+
+
+def test_reading_merges_repeats_and_drops_blanks():
+    assert ocr.text_of(np.array([0, 3, 3, 0, 3, 1, 1, 0])) == [3, 3, 1]
+    assert ocr.text_of(np.array([2, 2, 1, 2])) == [2, 1, 2]
+    assert ocr.text_of(np.array([0, 0])) == []
+
+
+def reading_of(frames, lines, feat_dim=4):
+    """A reading with these labels of frames, whose features are their label on every axis."""
+    labels = np.asarray(frames)
+    texts = [ocr.text_of(line[line >= 0]) for line in labels]
+    right = np.asarray([text == ocr.truth(line) for text, line in zip(texts, lines.labels, strict=True)])
+    features = np.repeat(labels[..., None], feat_dim, axis=-1).astype(np.float32)
+    return ocr.Reading(features, labels, texts, right)
+
+
+def test_class_means_are_of_lines_that_are_read_rightly():
+    labels = np.array([[1, 2, 0], [2, 0, 0], [3, 0, 0]])
+    lines = _lines.Lines(np.zeros((3, 24, 24)), np.array([6, 6, 4]), labels)
+    frames = [[0, 1, 1, 0, 2, 0], [0, 3, 3, 0, 0, 0], [4, 0, 3, 0, -1, -1]]  # Only the first is right.
+    reading = reading_of(frames, lines)
+    np.testing.assert_array_equal(reading.right, [True, False, False])
+    model = ocr.Reader(4, "conv", 4, rngs=nnx.Rngs(0))
+    means, known = ocr.class_means(model, reading, blanks=False)
+    np.testing.assert_array_equal(known, [False, True, True, False, False])
+    (table,) = jax.tree.leaves(means)
+    np.testing.assert_allclose(table, [[j * (j in (1, 2))] * 4 for j in range(5)])
+    assert ocr.class_means(model, reading, blanks=True)[1][0]
+
+
+def test_the_character_under_a_frame():
+    labels = np.array([[1, 2, 3]])
+    lines = _lines.Lines(np.zeros((1, 24, 32)), np.array([8]), labels)
+    # The second character is read as 5, and an extra 4 is read at the end.
+    found = _lines.spoken(reading_of([[0, 1, 1, 5, 0, 3, 4, -1]], lines), lines)
+    np.testing.assert_array_equal(found, [[-1, 1, 1, 2, -1, 3, -1, -1]])
+
+
+def test_what_does_not_fit_is_said_in_a_sentence(drawings, folder, tmp_path, capsys):
+    def stops(*flags):
+        with pytest.raises(SystemExit) as stopped:
+            ocr.main(arguments(tmp_path, *flags))
+        return f"{stopped.value.code}{capsys.readouterr().err}"
+
+    assert "There are 6 characters, --characters asks for 9" in stops(
+        "--data", str(folder), "--characters", "9"
+    )
+    assert "9 characters may need 17 frames, and --width 64 makes 16" in stops("--length", "9")
+    assert "There is no images_evaluation*.zip" in stops("--data", str(tmp_path))
+    assert "needs --select" in stops("--only-select")
+    assert "need an even number" in stops("--feat-dim", "15")
+    (tmp_path / "images_evaluation.zip").write_bytes((folder / "images_evaluation.zip").read_bytes()[:2000])
+    assert "is not an archive" in stops("--data", str(tmp_path))
+    few = drawings.part(drawings.writers <= ocr.TRAIN_WRITERS)
+    with pytest.raises(SystemExit, match="has no drawing by the drawers above 14"):
+        ocr.prepare(ocr.parse_args(arguments(tmp_path)), few)

@@ -1,0 +1,401 @@
+"""Stochastic rounding: right on average, and the same bits for the same key."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from placements import PLACEMENTS
+
+import jax_centerloss as jcl
+from jax_centerloss import _rounding
+
+HALF = ["bfloat16", "float16"]
+KEYS = 100_000
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def seed_of(key):
+    return _rounding.seed_of(key, np.zeros(0, np.float16))
+
+
+def wide(a):
+    return np.float64(np.asarray(a, np.float32))
+
+
+def cases(dtype):
+    """float32 numbers up to the largest of `dtype`: between, at and next to those of `dtype`."""
+    info = jnp.finfo(dtype)
+    largest, unit = float(info.max), float(info.eps)
+    normal, least = float(info.smallest_normal), float(info.smallest_subnormal)
+    between = [1 + f * unit for f in (0.01, 0.25, 0.5, 0.75, 0.99)] + [0.1, 1 / 3, 2 - unit / 3, 1e-3, 777.7]
+    at = [0.0, 1.0, 1 + unit, 2.0, normal, least, 3 * least, largest]
+    next_to = [np.nextafter(np.float32(a), np.float32(b)) for a in (1, 1 + unit, 2) for b in (0, 3)]
+    small = [0.3 * least, 1.5 * least, 7.9 * least, 0.4 * normal, normal - 0.3 * least, 1.001 * normal]
+    large = [largest * (1 - unit / 3), largest * (1 - unit / 4)]
+    values = np.float32([*between, *at, *next_to, *small, *large])
+    return np.concatenate([values, -values])
+
+
+def neighbours(exact, dtype):
+    """The numbers of `dtype` next to each one, below and above; the number itself where it is one."""
+    nearest = np.asarray(exact).astype(dtype)
+    with np.errstate(all="ignore"):  # Of the largest number, the next is infinite.
+        low, high = (np.nextafter(nearest, np.asarray(end, dtype)) for end in (-np.inf, np.inf))
+    return (
+        wide(np.where(wide(nearest) <= exact, nearest, low)),
+        wide(np.where(wide(nearest) >= exact, nearest, high)),
+    )
+
+
+def assert_mean(rounded, exact, errors=4.0):
+    """The mean over the first axis is `exact`, within so many standard errors of rounding by chance.
+
+    One of the roundings more is allowed, which alone is many errors where the chance is small, and what
+    float32 loses of numbers up to 2 in the step itself.
+    """
+    low, high = neighbours(exact, rounded.dtype)
+    distance = high - low
+    chance = (exact - low) / np.where(distance, distance, 1)
+    error = distance * np.sqrt(chance * (1 - chance) / len(rounded))
+    off = np.abs(wide(rounded).mean(0) - exact)
+    late = off > errors * error + distance / len(rounded) + 1.2e-7 * (np.abs(exact) > 1e-4)
+    assert not np.any(late), (exact[late], off[late], error[late])
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_mean_over_keys_is_the_exact_number(dtype):
+    values = cases(dtype)
+
+    @jax.jit
+    @jax.vmap
+    def rounded(key):
+        return _rounding.round_rows(values[None], jnp.array([3]), dtype, seed_of(key))[0]
+
+    got = rounded(jax.random.split(KEY, KEYS))
+    assert got.dtype == dtype
+    assert_mean(got, np.float64(values))
+    # Each is one of its two neighbours, and only the number itself where that is one of `dtype`.
+    low, high = neighbours(np.float64(values), dtype)
+    assert np.all((wide(got) == low) | (wide(got) == high))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_largest_number_does_not_become_infinite_but_what_overflows_does(dtype):
+    info = jnp.finfo(dtype)
+    largest = float(info.max)
+    unit = largest * float(info.eps) / (2 - float(info.eps))
+    values = [largest, largest + 0.4 * unit, largest + 0.99 * unit, np.inf, -np.inf, np.nan]
+    values += (
+        [largest + unit, 4 * largest] if dtype == "float16" else []
+    )  # float32 has no more than bfloat16.
+    rows = np.float32([values, np.negative(values)])
+    seeds = jax.vmap(seed_of)(jax.random.split(KEY, 1000))
+    got = jax.jit(jax.vmap(lambda s: _rounding.round_rows(rows, jnp.arange(2), dtype, s)))(seeds)
+    want = [[largest] * 3 + [np.inf, -np.inf, np.nan] + [np.inf] * (len(values) - 6)]
+    np.testing.assert_array_equal(wide(got), np.broadcast_to([*want, *np.negative(want)], got.shape))
+
+
+def test_bits_are_uniform_and_independent():
+    # The upper 16 bits of words, over seeds, classes, places in a row, and tables, near ones and far ones.
+    seeds = jax.vmap(seed_of)(jax.random.split(KEY, 400))
+    classes = jnp.concatenate([jnp.arange(40), 10**9 + jnp.arange(40)])
+    words = jax.jit(jax.vmap(lambda s: _rounding._hash_words(s, classes, 32)))
+    u = np.stack([np.float64(words(seeds + np.uint32(table)) >> 16) / 2**16 - 0.5 for table in (0, 1)])
+    number = u.size  # 2 tables, 400 seeds, 80 classes, 32 places: 2,048,000.
+    assert abs(u.mean()) < 4 * np.sqrt(1 / 12 / number)
+    counts = np.histogram(u, bins=256, range=(-0.5, 0.5))[0]
+    chi2 = np.sum((counts - number / 256) ** 2) / (number / 256)
+    assert abs(chi2 - 255) < 4 * np.sqrt(2 * 255)
+    for axis in range(u.ndim):
+        for shift in (1, 2, 3) if axis else (1,):
+            # The mean of the products of independent numbers of variance 1/12.
+            correlation = 12 * np.mean(u * np.roll(u, shift, axis))
+            assert abs(correlation) < 4.5 / np.sqrt(number / (2 if not axis else 1)), (axis, shift)
+
+
+# Steps whose sums are exact in float32, on any platform and in any order.
+def problem(rng, classes=40, n=64, d=8, dtype="bfloat16"):
+    centers = jnp.asarray(rng.integers(-8, 9, (classes, d)) / 4, dtype)
+    x = (rng.integers(-64, 65, (n, d)) / 64).astype(np.float32)
+    labels = rng.integers(-1, classes // 2, n).astype(np.int32)
+    return centers, x, labels
+
+
+ROWS = jcl.row_optimizer(optax.sgd(0.0625))
+
+
+def by_rows(centers, x, labels, key, **options):
+    return ROWS.update(centers, ROWS.init(centers), x, labels, rounding_key=key, **options)[0]
+
+
+def by_rule(centers, x, labels, key, **options):
+    return jcl.update_centers(centers, x, labels, alpha=0.0625, rounding_key=key, **options)
+
+
+def by_nnx(centers, x, labels, key, **options):
+    module = jcl.nnx.CenterLoss(
+        *centers.shape, centers_as="state", param_dtype=centers.dtype, rngs=nnx.Rngs(0)
+    )
+    module.centers = centers
+    module.update_centers(x, labels, alpha=0.0625, rounding_key=key, **options)
+    return jax.tree.leaves(nnx.state(module))[0]
+
+
+def by_linen(centers, x, labels, key, **options):
+    module = jcl.linen.CenterLoss(*centers.shape, alpha=0.0625, centers_as="state", param_dtype=centers.dtype)
+    rngs = {} if key is None else {"rounding": key}
+    _, moved = module.apply(
+        {"centers": {"centers": centers}}, x, labels, rngs=rngs, mutable=["centers"], **options
+    )
+    return moved["centers"]["centers"]
+
+
+WAYS = {"rule": by_rule, "rows": partial(by_rows, rule="paper"), "nnx": by_nnx, "linen": by_linen}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_mean_step_is_the_exact_one(rng, way, dtype):
+    centers, x, labels = problem(rng, dtype=dtype)
+    exact = by_rule(centers.astype(jnp.float32), x, labels, None)
+    many = jax.jit(jax.vmap(lambda key: WAYS[way](centers, x, labels, key)))(jax.random.split(KEY, 4000))
+    # 20 classes of 8 numbers: of so many, one is off by four standard errors in a hundred tests.
+    assert_mean(many, np.float64(exact), errors=4.5)
+    untouched = np.setdiff1d(np.arange(len(centers)), labels)
+    np.testing.assert_array_equal(
+        wide(many[:, untouched]), np.broadcast_to(wide(centers[untouched]), (4000, len(untouched), 8))
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"where": True}, {"weights": True}], ids=["all", "where", "weights"])
+@pytest.mark.parametrize("rule", ["paper", "gradient", "mean"])
+def test_the_mean_step_of_each_rule(rng, rule, options):
+    centers, x, labels = problem(rng)
+    given = {"where": np.arange(64) % 3 > 0, "weights": np.float32(np.arange(64) % 4)}
+    options = {name: given[name] for name in options}
+    exact = by_rule(centers.astype(jnp.float32), x, labels, None, rule=rule, **options)
+    step = partial(by_rule, rule=rule, **options)
+    many = jax.jit(jax.vmap(step, (None, None, None, 0)))(centers, x, labels, jax.random.split(KEY, 4000))
+    assert_mean(many, np.float64(exact), errors=4.5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", ["float32", *HALF])
+def test_without_a_key_or_with_float32_centers_nothing_changes(rng, dtype, way):
+    centers, x, labels = problem(rng, dtype=dtype)
+    plain = WAYS[way](centers, x, labels, None)
+    nearest = by_rule(centers.astype(jnp.float32), x, labels, None).astype(dtype)
+    np.testing.assert_array_equal(wide(plain), wide(nearest))
+    keyed = WAYS[way](centers, x, labels, KEY)
+    assert keyed.dtype == dtype
+    assert np.array_equal(wide(keyed), wide(plain)) == (dtype == "float32")
+
+
+def test_the_same_key_gives_the_same_bits_and_another_one_others(rng):
+    centers, x, labels = problem(rng)
+    want = wide(by_rule(centers, x, labels, KEY))
+    for step in WAYS.values():
+        if step is not by_linen:  # Linen folds the path of the module into the key of a stream.
+            np.testing.assert_array_equal(wide(step(centers, x, labels, KEY)), want)
+    order = rng.permutation(len(labels))
+    np.testing.assert_array_equal(wide(by_rule(centers, x[order], labels[order], KEY)), want)
+    np.testing.assert_array_equal(wide(jax.jit(by_rule)(centers, x, labels, KEY)), want)
+    np.testing.assert_array_equal(wide(by_rule(centers, x, labels, jax.random.PRNGKey(0))), want)
+    assert not np.array_equal(wide(by_rule(centers, x, labels, jax.random.key(1))), want)
+    assert not np.array_equal(
+        wide(by_linen(centers, x, labels, KEY)), wide(by_linen(centers, x, labels, None))
+    )
+
+
+@pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg", "raw"])
+def test_the_mean_step_of_other_kinds_of_keys(rng, kind):
+    centers, x, labels = problem(rng)
+    exact = by_rule(centers.astype(jnp.float32), x, labels, None)
+    first = jax.random.PRNGKey(0) if kind == "raw" else jax.random.key(0, impl=kind)
+    keys = jax.random.split(first, 2000)
+    step = jax.jit(lambda key: by_rule(centers, x, labels, key))
+    many = jax.lax.map(step, keys)
+    assert_mean(many, np.float64(exact), errors=4.5)
+
+
+@pytest.mark.parametrize("way", ["rule", "rows"])
+def test_blocks_of_classes_have_the_bits_of_their_classes(rng, way):
+    # 512 slots of 512 numbers are more than one block on a CPU; 64 are not.
+    centers, x, labels = problem(rng, classes=2000, n=512, d=512)
+    labels[:] = rng.permutation(2000)[:512]
+    whole = wide(WAYS[way](centers, x, labels, KEY))
+    first = WAYS[way](centers, x[:64], labels[:64], KEY)
+    np.testing.assert_array_equal(whole[labels[:64]], wide(first)[labels[:64]])
+
+
+@pytest.mark.parametrize("way", ["rule", "rows"])
+@pytest.mark.parametrize("placement", [PLACEMENTS[1], PLACEMENTS[3], PLACEMENTS[5], PLACEMENTS[7]], ids=str)
+def test_on_a_mesh_the_bits_are_those_of_one_device(rng, placement, way):
+    centers, x, labels = problem(rng)
+    want = wide(WAYS[way](centers, x, labels, KEY))
+    with placement.entered():
+        given = (
+            jax.device_put(a, placement.of(name, a.ndim))
+            for name, a in {"table": centers, "x": x, "labels": labels}.items()
+        )
+        moved = jax.jit(WAYS[way])(*given, KEY)
+    for shard in moved.addressable_shards:  # Replicas are the same, too.
+        np.testing.assert_array_equal(wide(shard.data), want[shard.index])
+
+
+def test_inside_shard_map_replicated_centers_stay_the_same_everywhere(rng):
+    centers, x, labels = problem(rng)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    step = partial(by_rule, axis_name="d")
+    spread = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("d"), P("d"), P()), out_specs=P())
+    whole = NamedSharding(mesh, P())
+    moved = jax.jit(spread)(
+        jax.device_put(centers, whole),
+        *(jax.device_put(a, NamedSharding(mesh, P("d"))) for a in (x, labels)),
+        jax.device_put(KEY, whole),
+    )
+    for shard in moved.addressable_shards:
+        np.testing.assert_array_equal(wide(shard.data), wide(by_rule(centers, x, labels, KEY)))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("way", WAYS)
+def test_centers_arrive_where_rounding_to_nearest_stops(way, dtype):
+    # 400 centers on their way from 1 to 1.7 by 1/32 of what is left, as in tests/test_half_precision.py.
+    classes, steps = 100, 600
+    labels, x = jnp.arange(classes), jnp.full((classes, 4), 1.7)
+
+    def step(centers, key):
+        return WAYS[way](centers, x, labels, key), centers.astype(jnp.float32)
+
+    def run(keys):
+        return jax.lax.scan(step, jnp.ones((classes, 4), dtype), keys)
+
+    _, path = jax.jit(run)(jax.random.split(KEY, steps))
+    path = np.float64(path)
+    exact = 1.7 - 0.7 * (31 / 32) ** np.arange(steps)
+    # A rounding deviates by at most half the distance of neighbouring numbers, and each step takes 1/32 of
+    # the deviation back: in the long run a center deviates by 2.02 distances. The mean is of 400 of them.
+    spacing = float(jnp.finfo(dtype).eps)
+    deviation = 0.5 * spacing / np.sqrt(1 - (31 / 32) ** 2)
+    assert np.max(np.abs(path.mean((1, 2)) - exact)) < 5 * deviation / np.sqrt(400)
+    assert abs(path[-1].mean() - 1.7) < 0.01
+    nearest = jax.jit(lambda c: jax.lax.fori_loop(0, steps, lambda _, c: by_rule(c, x, labels, None), c))
+    assert 1.7 - float(nearest(jnp.ones((classes, 4), dtype)).mean()) == pytest.approx(16 * spacing, rel=0.1)
+
+
+def test_a_step_is_differentiated_as_its_mean(rng):
+    centers, x, labels = problem(rng)
+
+    def moved(x, key):
+        return jnp.sum(by_rule(centers, x, labels, key).astype(jnp.float32) ** 2)
+
+    exact = jax.grad(lambda x: jnp.sum(by_rule(centers.astype(jnp.float32), x, labels, None) ** 2))(x)
+    np.testing.assert_allclose(jax.grad(moved)(x, KEY), exact, rtol=0.02, atol=1e-3)
+    assert np.any(exact)
+
+
+def adam_steps(state_dtype, keys, *, classes=64, d=32):
+    """Adam by rows on gradients of noise and a drift, and then on gradients near zero."""
+    rows = jcl.row_optimizer(optax.adam(1e-2, b1=0.9, b2=0.999), state_dtype=state_dtype)
+    centers = jnp.zeros((classes, d))
+    labels, noise = jnp.arange(classes), jax.random.normal(jax.random.key(1), (400, classes, d))
+
+    def step(held, given):
+        i, noise, key = given
+        target = jnp.where(i < 200, noise, 0.01 * noise)
+        x = jax.lax.stop_gradient(held[0]) + target
+        return rows.update(*held, x, labels, rule="paper", rounding_key=key), None
+
+    given = jnp.arange(400), noise, keys
+    (centers, state), _ = jax.jit(lambda held: jax.lax.scan(step, held, given))((centers, rows.init(centers)))
+    return np.float64(centers), state[0]
+
+
+def test_the_state_of_a_row_optimizer_in_half_the_memory():
+    keys = jax.random.split(KEY, 400)
+    want, exact = adam_steps(None, keys)
+    got, held = adam_steps(jnp.bfloat16, keys)
+    assert {a.dtype.name for a in jax.tree.leaves((held.mu, held.nu))} == {"bfloat16"}
+    # The second moment fell by the factor 0.999**200 = 0.82 in the last 200 steps, each by less than half of
+    # the distance of neighbouring numbers of bfloat16, 2**-9.
+    np.testing.assert_allclose(wide(held.nu["centers"]).mean(), np.mean(exact.nu["centers"]), rtol=0.005)
+    assert np.sqrt(np.mean((got - want) ** 2)) < 0.05 * np.std(want)
+
+
+def test_a_state_in_half_precision_is_donated_and_checked(rng):
+    centers, x, labels = problem(rng)
+    rows = jcl.row_optimizer(optax.adam(0.1), state_dtype=jnp.bfloat16)
+    state = rows.init(centers)
+    with pytest.raises(ValueError, match="a state in bfloat16 needs a rounding_key"):
+        rows.update(centers, state, x, labels)
+    step = jax.jit(rows.update, donate_argnums=(0, 1))
+    moved, new = step(jnp.copy(centers), rows.init(centers), x, labels, rounding_key=KEY)
+    chosen = np.unique(labels[labels >= 0])
+    assert np.all(np.any(wide(moved)[chosen] != wide(centers)[chosen], 1))
+    others = np.setdiff1d(np.arange(len(centers)), chosen)
+    assert not np.any(
+        wide(new[0].mu)[others] if not isinstance(new[0].mu, dict) else wide(new[0].mu["centers"])[others]
+    )
+
+
+def test_a_state_of_another_dtype_is_refused(rng):
+    # A checkpoint of before, or of after, somebody asked for half the memory.
+    centers, x, labels = problem(rng)
+    half, full = (jcl.row_optimizer(optax.adam(0.1), state_dtype=d) for d in (jnp.bfloat16, None))
+    words = "state holds {} where this optimizer keeps {}: make it with the `state_dtype`"
+    with pytest.raises(ValueError, match=words.format("bfloat16", "float32")):
+        full.update(centers, half.init(centers), x, labels)
+    with pytest.raises(ValueError, match=words.format("float32", "bfloat16")):
+        half.update(centers, full.init(centers), x, labels, rounding_key=KEY)
+    mixed = jcl.row_optimizer(optax.adam(0.1, mu_dtype=jnp.bfloat16))
+    _, state = mixed.update(centers, mixed.init(centers), x, labels)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.ndim} == {"bfloat16", "float32"}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, "float8_e5m2", jnp.int8, "bf16"])
+def test_other_dtypes_of_a_state_are_refused(dtype):
+    with pytest.raises(
+        ValueError, match="state_dtype must be None or one of bfloat16, float32, float64, got"
+    ):
+        jcl.row_optimizer(optax.adam(0.1), state_dtype=dtype)
+
+
+BAD_KEYS = {
+    "a number": (
+        7,
+        TypeError,
+        r"rounding_key must be a PRNG key, got int32 of shape \(\)\. Pass another key in",
+    ),
+    "a string": ("key", TypeError, "rounding_key must be a PRNG key, got str"),
+    "the function": (jax.random.key, TypeError, "rounding_key must be a PRNG key, got the function key"),
+    "floats": (np.zeros(2, np.float32), TypeError, r"must be a PRNG key, got float32 of shape \(2,\)"),
+    "three words": (np.zeros(3, np.uint32), TypeError, r"must be a PRNG key, got uint32 of shape \(3,\)"),
+    "many keys": (jax.random.split(KEY, 3), ValueError, r"must be one key, got keys of shape \(3,\)"),
+    "raw keys": (
+        jax.random.split(jax.random.PRNGKey(0), 3),
+        ValueError,
+        r"one key, got keys of shape \(3, 2\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("way", ["rule", "rows", "nnx"])
+@pytest.mark.parametrize("name", BAD_KEYS)
+def test_what_is_no_key_is_refused(rng, name, way, dtype):
+    key, error, words = BAD_KEYS[name]
+    with pytest.raises(error, match=words):
+        WAYS[way](*problem(rng, dtype=dtype), key)
