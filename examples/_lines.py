@@ -144,3 +144,14 @@ def spoken(reading: Reading, test: Lines) -> np.ndarray:
         first = np.append(True, labels[1:] != labels[:-1]) & (labels > 0)
         found[i] = np.where(labels > 0, stands[np.cumsum(first) - 1], -1)
     return found
+
+
+def missed(reading: Reading, lines: Lines, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """`(classes,)` each: how often a character is not read where it stands, and how often it stands."""
+    lost, stands = (np.zeros(classes, int) for _ in range(2))
+    for text, labels in zip(reading.texts, lines.labels, strict=True):
+        line = truth(labels)
+        np.add.at(stands, line, 1)
+        wrong = [op.dest_pos for op in Levenshtein.editops(text, line) if op.tag != "delete"]
+        np.add.at(lost, np.asarray(line)[wrong], 1)
+    return lost, stands

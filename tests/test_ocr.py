@@ -89,12 +89,9 @@ def test_lambda_is_chosen_on_characters_that_are_not_compared(folder, tmp_path, 
         *((arm, lam) for arm in ("fixed", "moved", "norm") for lam in (0.01, 0.2, 0.5)),
     ]
     assert arms == [("ctc", 0.0), ("fixed", 0.2), ("moved", 0.2), ("norm", 0.2)]
-    other = (
-        _omniglot.load(folder, "images_background", ocr.SIDE),
-        _omniglot.load(folder, "images_evaluation", ocr.SIDE),
-    )
-    for text, data in zip((chosen_on, compared), other, strict=True):
-        again = ocr.prepare(ocr.parse_args(arguments(tmp_path)), data)
+    names = {"images_evaluation": chosen_on, "images_background": compared}
+    for name, text in names.items():
+        again = ocr.prepare(ocr.parse_args(arguments(tmp_path)), _omniglot.load(folder, name, ocr.SIDE))
         np.testing.assert_array_equal(text.test.images, again.test.images)
     assert "Chosen: λ = 0.2 for centers fixed at the means" in capsys.readouterr().out
 
@@ -240,7 +237,7 @@ def test_a_class_without_a_mean_is_nobodys_nearest(monkeypatch):
     reading.features[reading.labels > 0, 0] = 10
     reading.features[reading.labels == 2, 1] = 3
     monkeypatch.setattr(ocr, "read", lambda *_: reading)
-    found, _ = ocr.judge(ocr.Reader(6, "conv", 4, rngs=nnx.Rngs(0)), lines, lines)
+    found, _ = ocr.judge(ocr.Reader(6, "conv", 4, rngs=nnx.Rngs(0)), np.array([1]), lines, lines)
     assert found["own_distance"] == pytest.approx(0, abs=1e-5)
     assert found["gap"] == pytest.approx(3, abs=1e-4)
     assert (found["cer"], found["lines"], found["wrong"]) == (0, 100, pytest.approx(0))
@@ -260,6 +257,17 @@ def reading_of(frames, lines, feat_dim=4):
     right = np.asarray([text == ocr.truth(line) for text, line in zip(texts, lines.labels, strict=True)])
     features = np.repeat(labels[..., None], feat_dim, axis=-1).astype(np.float32)
     return ocr.Reading(features, labels, texts, right)
+
+
+def test_what_is_missed_and_the_hardest_quarter():
+    labels = np.array([[1, 2, 0], [2, 2, 4], [3, 0, 0]])
+    lines = _lines.Lines(np.zeros((3, 24, 24)), np.array([6, 6, 4]), labels)
+    # 2 is read as 3, then once left out; 4 is read rightly; 1 is written before the 3, where none stands.
+    reading = reading_of([[0, 1, 1, 0, 3, 0], [0, 2, 2, 0, 4, 0], [1, 0, 3, 0, -1, -1]], lines)
+    lost, stands = _lines.missed(reading, lines, 5)
+    np.testing.assert_array_equal(stands, [0, 1, 3, 1, 1])
+    np.testing.assert_array_equal(lost, [0, 0, 2, 0, 0])
+    np.testing.assert_array_equal(ocr.hardest(reading, lines, 5), [2])
 
 
 def test_class_means_are_of_lines_that_are_read_rightly():
@@ -294,10 +302,10 @@ def test_what_does_not_fit_is_said_in_a_sentence(drawings, folder, tmp_path, cap
         "--data", str(folder), "--characters", "9"
     )
     assert "9 characters may need 17 frames, and --width 64 makes 16" in stops("--length", "9")
-    assert "There is no images_evaluation*.zip" in stops("--data", str(tmp_path))
+    assert "There is no images_background*.zip" in stops("--data", str(tmp_path))
     assert "needs --select" in stops("--only-select")
     assert "need an even number" in stops("--feat-dim", "15")
-    (tmp_path / "images_evaluation.zip").write_bytes((folder / "images_evaluation.zip").read_bytes()[:2000])
+    (tmp_path / "images_background.zip").write_bytes((folder / "images_background.zip").read_bytes()[:2000])
     assert "is not an archive" in stops("--data", str(tmp_path))
     few = drawings.part(drawings.writers <= ocr.TRAIN_WRITERS)
     with pytest.raises(SystemExit, match="has no drawing by the drawers above 14"):
