@@ -125,7 +125,9 @@ class Bench:
 
     def jax_peers(self) -> Iterator[tuple[str, float, Callable[[], Step]]]:
         size = 4.0 * self.c * self.d
-        held: list[Any] = [jnp.array(self.table.cpu().numpy())]
+        held: list[Any] = [
+            jnp.array(self.table.numpy() if self.device == "cpu" else jnp.from_dlpack(self.table))
+        ]
         x, labels = jnp.asarray(self.x), [jnp.asarray(y, jnp.int32) for y in self.labels]
         adam = jcl.row_optimizer(optax.adam(RATE))
         sgd = optax.sgd(RATE)

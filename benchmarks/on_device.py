@@ -1,0 +1,116 @@
+"""Time of the steps of benchmarks/compiled.py on the device that JAX finds, by a clock.
+
+    python benchmarks/on_device.py [--full]
+    python benchmarks/on_device.py --large 100000000,512
+
+Steps of one cell are timed in turn, 50 at once, so that the host starts the next while the device works.
+`--large` takes a step by the paper's rule on a bfloat16 table of C rows of D features instead, compares the
+rows that moved with NumPy's, and sets the time beside that with a million classes in the same run. For a
+table that leaves little of a GPU's memory, set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from steps import BY_HAND, CELLS, HALF, QUICK, SCATTER, STEPS, dense, program
+
+import jax_centerloss as jcl
+
+LABEL_SETS = 8  # Taken in turn, so that no step finds its rows in the cache from the step before.
+BLOCK = 50
+
+
+def filled(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Numbers between 0 and 0.1, which can be second moments of an optimizer too; integers are 0."""
+    if jnp.issubdtype(shape.dtype, jnp.floating):
+        return jax.jit(lambda: jax.random.uniform(jax.random.key(0), shape.shape, shape.dtype, 0, 0.1))()
+    return jnp.zeros(shape.shape, shape.dtype)
+
+
+class Runner:
+    """A compiled step, and what it takes."""
+
+    def __init__(self, name: str, n: int, d: int, c: int) -> None:
+        step, (held, x, *others) = program(name, n, d, c)
+        self.keeps = step in (dense, jcl.nearest_center)  # It returns nothing that the next step takes.
+        self.bare = name == SCATTER
+        self.compiled = jax.jit(step, donate_argnums=() if self.keeps else 0)
+        self.held, self.x = jax.tree.map(filled, held), filled(x)
+        keys = jax.random.split(jax.random.key(1), LABEL_SETS)
+        labels = (jax.random.randint(key, (n,), 0, c) for key in keys)
+        self.sets = [[y, *map(filled, others[1:])] if others else [] for y in labels]
+
+    def block(self) -> float:
+        """Microseconds of a step."""
+        start = time.perf_counter()
+        for i in range(BLOCK):
+            result = self.compiled(self.held, self.x, *self.sets[i % LABEL_SETS])
+            if not self.keeps:
+                self.held = result if self.bare else result[0]
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / BLOCK * 1e6
+
+
+def in_turn(runners: Iterable[Runner], seconds: float) -> list[float]:
+    """The median of each runner's blocks."""
+    runners = list(runners)
+    for runner in runners:
+        runner.block()
+    times: list[list[float]] = [[] for _ in runners]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for runner, kept in zip(runners, times, strict=True):
+            kept.append(runner.block())
+    return [statistics.median(kept) for kept in times]
+
+
+def large(c: int, d: int, seconds: float) -> None:
+    n = 1024
+    row = np.asarray(jnp.linspace(-1, 1, d).astype(jnp.bfloat16))
+    small, big = Runner(HALF, n, d, 1_000_000), Runner(HALF, n, d, 0)
+    big.held = jax.jit(lambda row: jnp.broadcast_to(row, (c, d)))(row)
+    keys = jax.random.split(jax.random.key(1), LABEL_SETS)
+    big.sets = [[jax.random.randint(key, (n,), 0, c).at[:3].set(c - 1)] for key in keys]
+
+    labels, x = np.asarray(big.sets[0][0]), np.asarray(big.x, np.float64)
+    big.held = big.compiled(big.held, big.x, labels)[0]
+    classes, where = np.unique(labels, return_inverse=True)
+    counts, sums = np.bincount(where)[:, None], np.zeros((len(classes), d))
+    np.add.at(sums, where, x)
+    want = row - 0.5 * (counts * row.astype(np.float64) - sums) / (1 + counts)
+    got = np.asarray(big.held[jnp.asarray(classes)], np.float64)
+    np.testing.assert_allclose(got, want, rtol=2**-7, atol=2**-9)
+    changed = int(jax.jit(lambda t, row: jnp.any(t != row, axis=1).sum())(big.held, row))
+    assert changed == len(classes), (changed, len(classes))
+
+    few, many = in_turn((small, big), seconds)
+    size = f"{c:,} x {d} in bfloat16, {c * d * 2 / 1e9:.1f} GB"
+    print(f"A table of {size}: one step moved {changed:,} rows, those of its batch, to NumPy's numbers.")
+    print(f"A step takes {many:.1f} µs, with 1,000,000 classes {few:.1f}.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="every cell, not N = 1024 and D = 128 only")
+    parser.add_argument("--large", metavar="C,D", help="a bfloat16 table of this size instead")
+    parser.add_argument("--seconds", type=float, default=3, help="of a cell, at least (default: 3)")
+    args = parser.parse_args()
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}\n")
+    if args.large:
+        large(*map(int, args.large.split(",")), args.seconds)
+        return
+    names = (BY_HAND, *STEPS)
+    print("Microseconds of a step.\n")
+    print("| N | D | C | " + " | ".join(names) + " |\n" + "|--:" * (3 + len(names)) + "|")
+    for n, d, c in CELLS if args.full else QUICK:
+        times = in_turn((Runner(name, n, d, c) for name in names), args.seconds)
+        print(f"| {n:,} | {d} | {c:,} | " + " | ".join(f"{t:.1f}" for t in times) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
