@@ -397,11 +397,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--blanks", action="store_true", help="frames of blanks have a center, too")
     add("--sequence", choices=["lstm", "conv"], default="lstm", help="what mixes the frames of a line")
     add("--feat-dim", type=number(int, 2), default=128, help="features of a frame")
-    add("--characters", type=number(int, 2), default=80, help="how many, the first of the archive")
+    add("--characters", type=number(int, 2), default=100, help="how many, the first of the archive")
     add("--variants", type=number(int, 1), default=6, help="of each training drawing, with itself")
     add("--length", type=number(int, 1), default=8, help="characters of a line, at most")
     add("--width", type=number(int, 32), default=128, help="pixels of a line")
-    add("--steps", type=number(int, 1), default=2400, help="by CTC, before the arms part")
+    add("--steps", type=number(int, 1), default=4000, help="by CTC, before the arms part")
     add("--more-steps", type=number(int, 1), default=400, help="of each arm")
     add(
         "--more-lr",

@@ -35,7 +35,8 @@ def by_platform(function: Callable[..., Any], *arrays: Any) -> Any:
 class Groups(NamedTuple):
     """A flat batch by class: a slot for each class that stands in it, and perhaps for others."""
 
-    classes: jax.Array  # (S,), the class of each slot; `NO_SLOT` where it has none, or one without samples.
+    # (S,), the class of each slot, which no other slot has; `NO_SLOT` where it has none.
+    classes: jax.Array
     # (N,), of each sample, out of range where it is not used. Where samples are sorted, of those.
     slot: jax.Array
     # (N, K) values to their (S, K) sums, anything where there is no class. Without K too, but not on GPUs.
@@ -110,7 +111,7 @@ def slots(labels: jax.Array, used: jax.Array, num_classes: int) -> tuple[jax.Arr
     """One slot for each class of a flat batch, however often the class stands in it.
 
     There are as many as samples, or as classes if these are fewer. Returns the slot of each sample, `NO_SLOT`
-    where it is not used, and the class that each slot would hold.
+    where it is not used, and the class of each slot, `NO_SLOT` where it has none; no class has two slots.
     """
     found: tuple[jax.Array, jax.Array] = by_platform(partial(slots_on, num_classes=num_classes), labels, used)
     return found
@@ -123,15 +124,16 @@ def slots_on(
     """`slots`, as they are found on this platform."""
     labels = labels.astype(jnp.int32)
     if _at_most(num_classes, labels.size):
-        slot, classes = labels, jnp.arange(num_classes, dtype=jnp.int32)
-    elif platform == "cpu":
+        return jnp.where(used, labels, NO_SLOT), jnp.arange(num_classes, dtype=jnp.int32)
+    if platform == "cpu":
         # One batch after the other under vmap: checkify knows no while loop that is mapped.
-        search = jax.custom_batching.sequential_vmap(partial(_meet, num_classes=num_classes))
-        slot, classes = search(labels, used), labels
+        slot = jax.custom_batching.sequential_vmap(partial(_meet, num_classes=num_classes))(labels, used)
     else:
         # Without a loop, each of whose turns a GPU waits for.
-        slot, classes = (_compare if _at_most(labels.size, _COMPARED) else _sort)(labels, used), labels
-    return jnp.where(used, slot, NO_SLOT).astype(jnp.int32), classes
+        slot = (_compare if _at_most(labels.size, _COMPARED) else _sort)(labels, used)
+    slot = jnp.where(used, slot, NO_SLOT).astype(jnp.int32)
+    # Only the sample that gives the slot names its class: a GPU's write to a row that stands twice is lost.
+    return slot, jnp.where(slot == jnp.arange(labels.size, dtype=jnp.int32), labels, NO_SLOT)
 
 
 def _compare(labels: jax.Array, used: jax.Array) -> jax.Array:
