@@ -58,7 +58,12 @@ def _sorted(labels: jax.Array, used: jax.Array) -> Groups:
     first = jnp.concatenate([jnp.ones_like(key[:1], jnp.bool_), key[1:] != key[:-1]])
 
     def total(values: jax.Array) -> jax.Array:
-        return _sum_runs(values.at[order].get(mode="promise_in_bounds", unique_indices=True), key)
+        ordered = values.at[order].get(mode="promise_in_bounds", unique_indices=True)
+        if not _at_most(key.size, _COMPARED):
+            # Fused into the sum, each row would be gathered for every row of its block. Of few samples that
+            # costs less than a kernel more.
+            ordered = lax.optimization_barrier(ordered)
+        return _sum_runs(ordered, key)
 
     return Groups(jnp.where(first, key, NO_SLOT), key, total)
 
