@@ -1,6 +1,6 @@
 """Time of the steps of benchmarks/compiled.py on the device that JAX finds, by a clock.
 
-    python benchmarks/on_device.py [--full]
+    python benchmarks/on_device.py [--cells "1024,128,1000 ..."]
     python benchmarks/on_device.py --large 100000000,512
 
 Steps of one cell are timed in turn, 50 at once, so that the host starts the next while the device works.
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from steps import BY_HAND, CELLS, HALF, QUICK, SCATTER, STEPS, dense, program
+from steps import BY_HAND, HALF, QUICK, SCATTER, STEPS, dense, program
 
 import jax_centerloss as jcl
 
@@ -99,7 +99,7 @@ def large(c: int, d: int, seconds: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="every cell, not N = 1024 and D = 128 only")
+    parser.add_argument("--cells", help="these, as N,D,C N,D,C ..., not N = 1024 and D = 128 only")
     parser.add_argument("--large", metavar="C,D", help="a bfloat16 table of this size instead")
     parser.add_argument("--seconds", type=float, default=3, help="of a cell, at least (default: 3)")
     args = parser.parse_args()
@@ -110,7 +110,8 @@ def main() -> None:
     names = (BY_HAND, *STEPS)
     print("Microseconds of a step.\n")
     print("| N | D | C | " + " | ".join(names) + " |\n" + "|--:" * (3 + len(names)) + "|")
-    for n, d, c in CELLS if args.full else QUICK:
+    cells = [tuple(map(int, cell.split(","))) for cell in args.cells.split()] if args.cells else QUICK
+    for n, d, c in cells:
         times = in_turn((Runner(name, n, d, c) for name in names), args.seconds)
         print(f"| {n:,} | {d} | {c:,} | " + " | ".join(f"{t:.1f}" for t in times) + " |", flush=True)
 

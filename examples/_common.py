@@ -66,12 +66,12 @@ def add_flags(
     warmup: int | None,
     batch_size: int,
     seeds: int,
-    lr: float,
+    lr: float | str,
     quick: str,
 ) -> None:
     """The flags of every example that trains, with these defaults; `quick` is what --quick sets.
 
-    Without a `warmup`, λ has its full weight from the start.
+    Without a `warmup`, λ has its full weight from the start. An `lr` of `argparse.SUPPRESS` leaves it unset.
     """
     add = parser.add_argument
     if warmup is not None:

@@ -331,10 +331,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="epochs of each run (default: 8, with --full 20)",
     )
     add("--weight-decay", type=number(float, 0), default=5e-4, help="of all parameters of the network")
-    add("--full", action="store_true", help="the paper's network")
+    add("--full", action="store_true", help="the paper's network; --lr is then 0.01 by default, else 0.05")
     quick = "λ of 0 and 0.1, by default 2,000 images and 3 epochs"
-    add_flags(parser, warmup=2, batch_size=128, seeds=3, lr=0.05, quick=quick)
+    add_flags(parser, warmup=2, batch_size=128, seeds=3, lr=unset, quick=quick)
     args = parser.parse_args(argv)
+    args.lr = getattr(args, "lr", 0.01 if args.full else 0.05)  # The paper's network diverges at 0.05.
     images, epochs = (2000, 3) if args.quick else (60_000, 20) if args.full else (20_000, 8)
     args.images, args.epochs = getattr(args, "images", images), getattr(args, "epochs", epochs)
     if args.quick:

@@ -390,8 +390,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         help="folder with images_background*.zip and images_evaluation*.zip; else downloaded",
     )
-    add("--lam", type=number(float, 0), default=0.05, help="weight λ of the center loss")
-    add("--lam-fixed", type=number(float, 0), default=0.05, help="the same with fixed centers")
+    add("--lam", type=number(float, 0), default=0.01, help="weight λ of the loss with moved centers")
+    add("--lam-fixed", type=number(float, 0), default=0.05, help="the same of that with fixed centers")
     add("--lam-norm", type=number(float, 0), default=0.01, help="the same of the control")
     add("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="which to train")
     add("--blanks", action="store_true", help="frames of blanks have a center, too")

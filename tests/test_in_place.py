@@ -176,7 +176,9 @@ def test_nearest_center_streams_a_million_classes():
         jax.jit(jcl.nearest_center).lower(shape((c, d), jnp.float32), shape((n, d), jnp.float32)).compile()
     )
     # A block of distances and the features: far from N x C, which would be 4 GB, and from the table, 512 MB.
-    assert program.memory_analysis().temp_size_in_bytes < 16 * 2**20
+    # A GPU's matrix product has a workspace of its own.
+    most = 16 if jax.default_backend() == "cpu" else 64
+    assert program.memory_analysis().temp_size_in_bytes < most * 2**20
 
 
 class Net(nnx.Module):

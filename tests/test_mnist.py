@@ -224,11 +224,11 @@ def test_defaults_of_each_form(tmp_path):
     found = {}
     for form in ([], ["--quick"], ["--full"], ["--full", "--epochs", "3"]):
         args = mnist.parse_args([*form, "--out", str(tmp_path)])
-        found[tuple(form)] = (args.images, args.epochs, args.full, args.seeds)
+        found[tuple(form)] = (args.images, args.epochs, args.lr, args.seeds)
     assert list(found.values()) == [
-        (20_000, 8, False, 3),
-        (2000, 3, False, 1),
-        (60_000, 20, True, 3),
-        (60_000, 3, True, 3),
+        (20_000, 8, 0.05, 3),
+        (2000, 3, 0.05, 1),
+        (60_000, 20, 0.01, 3),
+        (60_000, 3, 0.01, 3),
     ]
     assert Path(tmp_path).is_dir()

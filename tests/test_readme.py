@@ -20,6 +20,8 @@ BLOCKS = [
     for text in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 ]
 
+eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="shows the shards on eight devices")
+
 
 @pytest.fixture(autouse=True)
 def as_a_user():
@@ -169,6 +171,7 @@ def test_sharded_step():
     )
 
 
+@eight_devices
 def test_model_on_a_mesh():
     space = run(block("mesh_step"))
     centers = space["model"].center_loss.centers[...]
@@ -188,6 +191,7 @@ def test_metrics_and_plot(capsys, tmp_path, monkeypatch):
     assert (tmp_path / "features.png").read_bytes().startswith(b"\x89PNG")
 
 
+@eight_devices
 def test_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     space = run(block("CheckpointManager"))

@@ -260,6 +260,7 @@ if HAS_TORCH:
             jcl.from_torch(path)
 
     @pytest.mark.parametrize("kind", ["meta", "float8", "sparse"])
+    @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # PyTorch says so when it reads one.
     def test_a_tensor_without_numbers_for_numpy_is_named(tmp_path, kind):
         value = {
             "meta": torch.zeros(3, 2, device="meta"),
