@@ -71,7 +71,7 @@ def pytest_pyfunc_call():
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup():
+def pytest_runtest_setup():
     with skipped_without_a_mesh():
         return (yield)
 
