@@ -1,4 +1,4 @@
-"""A batch as it comes in: features, labels, and which samples count for how much."""
+"""The arguments of a batch, checked and brought to one form."""
 
 from typing import Any, NamedTuple
 
@@ -10,14 +10,14 @@ from jax.typing import ArrayLike
 from jax_centerloss import _checks, _placement
 
 
-def features(x: ArrayLike, centers: jax.Array) -> jax.Array:
-    """`x` as an array `(..., D)` of floats, D being the centers'."""
+def as_features(x: ArrayLike, centers: jax.Array) -> jax.Array:
+    """`x` as an array `(..., D)` of floats, with the D of the centers."""
     advice = "Pass the features `(..., D)` alone, of a model's outputs too."
     if not jax.tree_util.all_leaves([x]) and len(jax.tree.leaves(x)) == 1:
         advice += " If these are the centers, they come first: (params, x), (params, x, labels)."
-    x = _checks.array("x", x, advice)
+    x = _checks.as_array("x", x, advice)
     advice = "Cast it first: `x.astype(jnp.float32)`. Labels come after it: (params, x, labels)."
-    _checks.floating(x.dtype, "x", advice)
+    _checks.check_floating(x.dtype, "x", advice)
     if x.ndim == 0 or x.shape[-1] != centers.shape[-1]:
         raise ValueError(
             f"x must have shape (..., D) with D = {centers.shape[-1]}, the feature size of the centers "
@@ -27,40 +27,44 @@ def features(x: ArrayLike, centers: jax.Array) -> jax.Array:
 
 
 class Batch(NamedTuple):
-    """A batch as it comes through the door: the labels 32 bits or more, all placed as `x` is."""
+    """A checked batch, all of it sharded as `x` is."""
 
     x: jax.Array  # (..., D)
-    labels: jax.Array  # (...)
-    used: jax.Array  # (...), whether the sample is selected, and its label not negative.
-    weights: jax.Array | None  # (...), 0 where the sample is not used.
+    labels: jax.Array  # (...), of 32 bits or more.
+    used: jax.Array  # (...), whether `where` selects the sample and its label is not negative.
+    weights: jax.Array | None  # (...), 0 for an unused sample, NaN for a negative weight.
 
 
-def batch(
+def as_batch(
     x: ArrayLike,
     labels: ArrayLike,
     where: ArrayLike | None,
     weights: ArrayLike | None,
     centers: jax.Array,
 ) -> Batch:
-    x = features(x, centers)
-    classes = _class_indices(labels, x)
-    used = classes >= 0
+    x = as_features(x, centers)
+    indices = _as_class_indices(labels, x)
+    used = indices >= 0
     if where is not None:
-        mask = _checks.array("where", where, "Pass booleans, one for each label.")
+        mask = _checks.as_array("where", where, "Pass booleans, one for each label.")
         if mask.dtype != jnp.bool_:
             raise TypeError(
                 f"where must be boolean, got {mask.dtype.name}. Compare first, for example `where=mask > 0`; "
                 "weights go into `weights`."
             )
-        used = used & _one_for_each("where", mask, x)
-    cleaned = None if weights is None else _cleaned(numbers(weights, x), used)
-    _check_known(labels, where, weights, centers.shape[0])
-    return Batch(x, classes, used, cleaned)
+        used = used & _as_per_sample("where", mask, x)
+    numbers = None if weights is None else as_weights(weights, x)
+    _check_concrete_values(labels, where, weights, centers.shape[0])
+    if numbers is None:
+        return Batch(x, indices, used, None)
+    # NumPy constants: an eager NaN made by JAX would trip `jax_debug_nans` on a clean batch.
+    numbers = jnp.where(numbers < 0, np.full((), np.nan, numbers.dtype), numbers)
+    return Batch(x, indices, used, jnp.where(used, numbers, np.zeros((), numbers.dtype)))
 
 
-def _class_indices(labels: ArrayLike, x: jax.Array) -> jax.Array:
+def _as_class_indices(labels: ArrayLike, x: jax.Array) -> jax.Array:
     advice = "Pass integer classes: names are numbered by `np.unique(names, return_inverse=True)[1]`."
-    classes = _checks.array("labels", labels, advice)
+    classes = _checks.as_array("labels", labels, advice)
     if not jnp.issubdtype(classes.dtype, jnp.integer):
         advice = (
             "Cast them: `labels.astype(int)`. A mask of samples goes into `where`, weights into `weights`."
@@ -74,31 +78,24 @@ def _class_indices(labels: ArrayLike, x: jax.Array) -> jax.Array:
             f"expected labels {x.shape[:-1]}. One-hot labels become class indices with "
             "`jnp.argmax(labels, -1)`, a column of labels with `labels[:, 0]`."
         )
-    if classes.dtype.itemsize < 4:  # Too narrow to hold every number of classes.
+    if classes.dtype.itemsize < 4:  # 8 and 16 bits may not hold the number of classes.
         classes = classes.astype(jnp.int32)
-    return _placement.along(x, classes)
+    return _placement.reshard_like_samples(classes, x)
 
 
-def numbers(weights: ArrayLike, x: jax.Array) -> jax.Array:
-    """Weights in float32 or float64."""
-    if _checks.on_host(weights) and np.asarray(weights).dtype.kind in "iu":
-        weights = np.asarray(weights, np.float64)  # Before integers are narrowed to 32 bits.
-    given = _checks.array("weights", weights, "Pass numbers, one for each label.")
+def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
+    """`weights` in float32 or float64, one per sample."""
+    if _checks.is_numpy_like(weights) and np.asarray(weights).dtype.kind in "iu":
+        weights = np.asarray(weights, np.float64)  # JAX may narrow integers to 32 bits.
+    given = _checks.as_array("weights", weights, "Pass numbers, one for each label.")
     if not (jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)):
         raise TypeError(f"weights must be real numbers, got {given.dtype.name}. A mask goes into `where`.")
     dtype = jnp.float64 if given.dtype == jnp.float64 else jnp.float32
-    return _one_for_each("weights", given, x).astype(dtype)
+    return _as_per_sample("weights", given, x).astype(dtype)
 
 
-def _cleaned(weights: jax.Array, used: jax.Array) -> jax.Array:
-    """0 where a sample is not used, and NaN where a weight is negative."""
-    # The constants are NumPy's: an eager NaN of JAX's would trip jax_debug_nans on a clean batch.
-    weights = jnp.where(weights < 0, np.full((), np.nan, weights.dtype), weights)
-    return jnp.where(used, weights, np.zeros((), weights.dtype))
-
-
-def _one_for_each(name: str, array: jax.Array, x: jax.Array) -> jax.Array:
-    """`array`, which has to have one entry for each sample, placed as `x` is."""
+def _as_per_sample(name: str, array: jax.Array, x: jax.Array) -> jax.Array:
+    """`array`, which has to have one entry per sample, sharded as `x` is."""
     if array.shape != x.shape[:-1]:
         advice = (
             " One for each class becomes one for each sample by `weights[labels]`."
@@ -106,17 +103,17 @@ def _one_for_each(name: str, array: jax.Array, x: jax.Array) -> jax.Array:
             else ""
         )
         raise ValueError(f"{name} must have the shape of labels {x.shape[:-1]}, got {array.shape}.{advice}")
-    return _placement.along(x, array)
+    return _placement.reshard_like_samples(array, x)
 
 
-def _check_known(labels: ArrayLike, where: Any, weights: Any, num_classes: int) -> None:
-    """Refuses labels >= C and negative weights of used samples where their values are at hand."""
-    if not (_checks.concrete(labels) and _checks.concrete(where)):
+def _check_concrete_values(labels: ArrayLike, where: Any, weights: Any, num_classes: int) -> None:
+    """Raises on labels `>= C` and on negative weights of used samples, unless these are traced."""
+    if not (_checks.is_concrete(labels) and _checks.is_concrete(where)):
         return
     values = np.asarray(labels)
     used = np.broadcast_to(True if where is None else np.asarray(where), values.shape)
     if weights is not None:
-        if not _checks.concrete(weights):
+        if not _checks.is_concrete(weights):
             return
         numbers = np.asarray(weights)
         negative = (numbers < 0) & used & (values >= 0)

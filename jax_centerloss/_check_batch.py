@@ -1,4 +1,4 @@
-"""What is wrong with a batch: the one place that knows checkify."""
+"""Names what is wrong with a batch: the one place that uses checkify."""
 
 from typing import Any, NamedTuple
 
@@ -21,12 +21,12 @@ def check_batch(
 ) -> None:
     """Raises if a batch would make the loss NaN, and names the label and the value.
 
-    Of the used samples it looks for labels `>= C`, weights that are negative or not finite, features that
-    are NaN or infinite, and centers of their classes that are. Where all values are known it raises. Under
-    `checkify`, or Flax's `nnx.checkify` around an NNX step, it is an error of checkify's; inside plain
-    `jit` it does nothing. It reads O(N·D) numbers. A distance beyond the largest float32 it does not find.
-    JAX drops every check inside a `scan` that is differentiated as a whole: differentiate inside of it; and
-    it can't show one of a `shard_map` over Explicit axes.
+    It looks at used samples for labels `>= C`, weights that are negative, NaN or infinite, features that are
+    NaN or infinite, and centers of their classes that are NaN or infinite. Outside of `jit` it raises. Under
+    `checkify`, or Flax's `nnx.checkify` around an NNX step, it adds to the error that checkify returns.
+    Inside plain `jit` it does nothing. It reads O(N·D) numbers, and does not find a distance that overflows
+    float32. JAX drops all checks inside a `scan` that is differentiated as a whole, so differentiate inside
+    of the `scan`, and can't return one from a `shard_map` over Explicit axes.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
@@ -50,30 +50,30 @@ def check_batch(
       >>> print(str(error.get()).split(" (")[0])
       a feature of a used sample, of class 9, is nan
     """
-    with jax.debug_nans(False), jax.debug_infs(False):  # Else JAX would complain first, and name nothing.
-        centers = _checks.table(params)
-        batch = _batch.batch(x, labels, where, weights, centers)
-        # As they were given: in the batch, negative ones are NaN.
-        given = None if weights is None else _batch.numbers(weights, batch.x)
-        faults = _faults(centers, batch, given)
+    with jax.debug_nans(False), jax.debug_infs(False):  # Their errors would come first and name no sample.
+        centers = _checks.as_table(params)
+        batch = _batch.as_batch(x, labels, where, weights, centers)
+        # The weights as they were passed, since in the batch negative ones are NaN.
+        passed = None if weights is None else _batch.as_weights(weights, batch.x)
+        faults = _find_faults(centers, batch, passed)
     for fault in faults:
         if isinstance(fault.found, jax.core.Tracer):
-            well = jnp.logical_not(fault.found)
-            checkify.debug_check(well, fault.message, label=fault.label, value=fault.value)
+            fine = jnp.logical_not(fault.found)
+            checkify.debug_check(fine, fault.message, label=fault.label, value=fault.value)
         elif fault.found:
             raise ValueError(fault.message.format(label=fault.label, value=fault.value) + ".")
 
 
 class Fault(NamedTuple):
-    """Whether there is one, and the label and the value to show of it."""
+    """One kind of fault, with an example of it."""
 
-    message: str
-    found: jax.Array
+    message: str  # With fields for the label and the value.
+    found: jax.Array  # A bool, whether there is an example.
     label: jax.Array
     value: jax.Array
 
 
-def _faults(centers: jax.Array, batch: _batch.Batch, weights: jax.Array | None) -> list[Fault]:
+def _find_faults(centers: jax.Array, batch: _batch.Batch, weights: jax.Array | None) -> list[Fault]:
     x, labels, used, _ = batch
     faults = []
     if weights is not None:
@@ -81,20 +81,24 @@ def _faults(centers: jax.Array, batch: _batch.Batch, weights: jax.Array | None) 
         message = "the weight of a used sample, of class {label}, is {value}"
         faults.append(_fault(message, labels, used & (weights < 0), weights, negative=True))
         faults.append(_fault(message, labels, used & jnp.logical_not(jnp.isfinite(weights)), weights))
-    rows, known = _table.read_rows(centers, labels, x)
+    rows, in_range = _table.gather_own_rows(centers, labels, x)
     message = f"label {{label}} is out of range for {centers.shape[0]} classes"
     faults.append(_fault(message, labels, used & (labels >= centers.shape[0]), labels))
     message = "a feature of a used sample, of class {label}, is {value}"
     faults.append(_fault(message, labels, used[..., None] & jnp.logical_not(jnp.isfinite(x)), x))
     message = "the center of class {label}, of a used sample, holds {value}"
-    broken = (used & known)[..., None] & jnp.logical_not(jnp.isfinite(rows))
+    broken = (used & in_range)[..., None] & jnp.logical_not(jnp.isfinite(rows))
     return [*faults, _fault(message, labels, broken, rows)]
 
 
 def _fault(
     message: str, labels: jax.Array, bad: jax.Array, values: jax.Array, negative: bool = False
 ) -> Fault:
-    """Of the greatest label that has one, so that the choice is the same on every platform."""
+    """The fault where `bad` is True, shown by the greatest label that has it.
+
+    The choice of the example is the same on every platform. Of the `values` of that label it shows the
+    lowest for negative weights, and else NaN, infinity or minus infinity, whichever is there.
+    """
     of_sample = bad if bad.ndim == labels.ndim else jnp.any(bad, axis=-1)
     label = jnp.max(jnp.where(of_sample, labels, jnp.zeros((), labels.dtype)), initial=0)
     same = labels == label

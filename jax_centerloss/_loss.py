@@ -1,4 +1,4 @@
-"""The center loss, and the centers it is taken to: pure functions of the centers and the features."""
+"""The center loss and the initial centers: pure functions of centers and features."""
 
 from typing import Any
 
@@ -9,12 +9,10 @@ from jax import lax
 from jax.nn.initializers import normal
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _batch, _checks, _placement, _table
-from jax_centerloss._checks import Clip, ReduceFn
+from jax_centerloss import _batch, _checks, _options, _placement, _table
+from jax_centerloss._options import CLIP, Clip, ReduceFn
 from jax_centerloss._placement import OutSharding
 from jax_centerloss._table import AxisName
-
-CLIP = (1e-12, 1e12)
 
 
 def init_centers(
@@ -34,21 +32,21 @@ def init_centers(
       feat_dim: D, the size of a feature vector, at least 1.
       initializer: draws the table; N(0, 1) by default, as in the PyTorch module.
       dtype: floating-point dtype of the table.
-      out_sharding: where the table lies: a `PartitionSpec`, under `jax.set_mesh(mesh)`, or a `NamedSharding`.
-        By default it is JAX's choice: one device, or under a mesh a whole table on each of its devices.
-        `PartitionSpec("classes", None)` splits it by class over the axis "classes" of the mesh. Every device
-        draws its own part, with the numbers that the whole table has without a mesh. A
-        `jax.experimental.layout.Format` says as well how the table lies in memory: on a TPU, row by row
-        (inside of `jit` that is up to the outermost program's `out_shardings`).
+      out_sharding: the sharding of the table: a `NamedSharding`, or under `jax.set_mesh(mesh)` a
+        `PartitionSpec`. By default JAX chooses: one device, or replicated on the devices of the mesh.
+        `PartitionSpec("classes", None)` shards it by class over the mesh axis "classes". Each device draws
+        its own shard, and the numbers are those of the table without a mesh. A
+        `jax.experimental.layout.Format` also sets the memory layout, which TPUs want row by row (inside of
+        `jit`, the `out_shardings` of the outermost program decide about it).
 
     Returns:
       `{"centers": array}`, the array of shape `(C, D)`.
 
     Raises:
-      ValueError: if a size is below 1 or does not divide by its shards, or a `PartitionSpec` comes without
-        a mesh.
-      TypeError: if a size is not an integer, `dtype` is not floating point, or `out_sharding` is none of
-        these.
+      ValueError: if a size is below 1 or not divisible by its number of shards, or a `PartitionSpec` is
+        given without a mesh.
+      TypeError: if a size is not an integer, `dtype` is not floating point, or `out_sharding` is of another
+        type.
 
     Example:
       >>> import jax, jax_centerloss
@@ -56,21 +54,21 @@ def init_centers(
       >>> params["centers"].shape
       (10, 2)
     """
-    _checks.floating(dtype, "dtype", _checks.DRAWN)
-    shape = _checks.sizes(num_classes, feat_dim)
+    _checks.check_floating(dtype, "dtype", _options.FLOAT_DTYPES)
+    shape = _options.as_shape(num_classes, feat_dim)
 
-    def drawn(leaf: Any) -> jax.Array:
-        centers = _checks.array("what initializer returns", leaf, "Return the (C, D) centers.")
+    def check(leaf: Any) -> jax.Array:
+        centers = _checks.as_array("what initializer returns", leaf, "Return the (C, D) centers.")
         if centers.shape != shape:
             raise ValueError(f"initializer must return centers of shape {shape}, got {centers.shape}.")
         return centers.astype(dtype)
 
-    def draw(key: jax.Array) -> Any:  # Of Linen's initializers some return the array in a box.
-        return jax.tree.map(drawn, initializer(key, shape, dtype))
+    def draw(key: jax.Array) -> Any:  # A partitioned initializer of Linen returns the array in a box.
+        return jax.tree.map(check, initializer(key, shape, dtype))
 
     if out_sharding is None:
         return {"centers": draw(key)}
-    return {"centers": _placement.drawn(draw, key, _checks.sharding(out_sharding, shape))}
+    return {"centers": _placement.draw_sharded(draw, key, _options.as_sharding(out_sharding, shape))}
 
 
 def center_loss(
@@ -91,33 +89,33 @@ def center_loss(
 
       `d = sum((x - c)**2)`, `loss = clamp(d, low, high) + (C - 1) * clamp(0, low, high)`
 
-    without a factor ½, and with the small constant that the PyTorch module's clamp adds for the other
-    classes. The gradient is zero where `d` leaves `[low, high]`. Only the rows of the samples' own classes
-    are read. Differences and sums are taken in float32 (float64 if an operand has it) in every dtype of `x`.
+    without a factor ½, and with the small constant that the clamp of the PyTorch module adds for the other
+    classes. The gradient is zero where `d` is outside of `[low, high]`. Only the centers of the samples'
+    own classes are read. Differences and sums are in float32 (float64 if an operand is), whatever the dtype
+    of `x`.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
       x: features `(..., D)`, floating point.
-      labels: integer classes `(...)`. Negative ones are ignored. One that is `>= C` raises where its value
-        is known; under `jit` it makes the loss and the gradient of its row of `x` NaN.
+      labels: integer classes `(...)`. Negative ones are ignored. A label `>= C` raises; under `jit`, where
+        its value is not known, it makes the loss and the gradient of its row of `x` NaN.
       where: boolean `(...)`, the samples to use; all by default.
-      weights: real numbers `(...)`, not negative, one for each sample: a weight of k counts as k samples, 0
-        as none. A negative one raises where its value is known; under `jit` it makes the loss NaN.
+      weights: real numbers `(...)`, not negative: a sample of weight k counts as k samples, of weight 0 as
+        none. A negative weight raises; under `jit` it makes the loss NaN.
       reduce_fn: `jnp.mean` (the sum of weights times losses over the sum of weights; 0 if that is 0),
-        `jnp.sum`, or `None` for the weighted per-sample losses `(...)`, zero where ignored.
-      clip: the range `(low, high)` of a squared distance, or `None` for the bare distance: no clamp, no
-        constant.
-      axis_name: inside `shard_map`, `pmap` or `vmap`, the mapped axis (or axes) that the batch is spread
-        over: the mean or sum is then over the whole batch.
+        `jnp.sum`, or `None` for the weighted per-sample losses `(...)`, zero for ignored samples.
+      clip: the range `(low, high)` of a squared distance, or `None` for no clamp and no constant.
+      axis_name: inside `shard_map`, `pmap` or `vmap`, the mapped axis (or axes) over which the batch is
+        split: the mean or sum is then over the whole batch.
 
     Returns:
-      The loss, a scalar or `(...)`, in float32 (float64 if an operand has it).
+      The loss, a scalar or `(...)`, in float32 (float64 if an operand is).
 
     Raises:
-      ValueError: on a shape that does not fit, a known label `>= C` or negative weight, another `reduce_fn`,
-        or a bad `clip`.
+      ValueError: on a shape that does not fit, a label `>= C` or negative weight outside of `jit`, another
+        `reduce_fn`, or a bad `clip`.
       TypeError: on features or centers that are not floating point, labels that are not integers, a `where`
-        that is not boolean, or what is no array at all.
+        that is not boolean, or an argument that is no array.
 
     Example:
       >>> import jax.numpy as jnp, jax_centerloss
@@ -130,89 +128,93 @@ def center_loss(
       Wen et al, A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016
       (https://doi.org/10.1007/978-3-319-46478-7_31), whose Eq. 2 has a factor ½ and a sum over the batch.
     """
-    centers = _checks.table(params)
-    x, labels, used, weights = _batch.batch(x, labels, where, weights, centers)
-    _checks.reduction(reduce_fn)
-    clip = _checks.clip_range(clip)
-    rows, known = _table.read_rows(centers, labels, x)
+    centers = _checks.as_table(params)
+    x, labels, used, weights = _batch.as_batch(x, labels, where, weights, centers)
+    _options.check_reduce_fn(reduce_fn)
+    clip = _options.as_clip(clip)
+    rows, in_range = _table.gather_own_rows(centers, labels, x)
     if weights is not None:
-        # The loss of a sample of weight 0 still is the derivative by its weight; but where it is not finite,
-        # the sample is left out, since zero times NaN is NaN.
-        distance = lax.stop_gradient(squared_distance(x.astype(rows.dtype), rows, known, used))
-        used = used & ((weights != 0) | (known & jnp.isfinite(distance)))
-    losses = own_class_losses(rows, x, known, used, clip=clip, num_classes=centers.shape[0])
+        # The derivative by a weight is the loss of its sample, also for a weight of 0. If that loss is not
+        # finite the sample is left out, since 0 * NaN is NaN.
+        distance = lax.stop_gradient(squared_distance(x.astype(rows.dtype), rows, in_range, used))
+        used = used & ((weights != 0) | (in_range & jnp.isfinite(distance)))
+    losses = _clamped_distance(rows, x, in_range, used, clip=clip, num_classes=centers.shape[0])
     if reduce_fn is None:
         return losses if weights is None else losses * weights.astype(losses.dtype)
-    return (total if reduce_fn is jnp.sum else mean)(losses, used, weights, axis_name)
+    reduce = weighted_sum if reduce_fn is jnp.sum else weighted_mean
+    return reduce(losses, used, weights, axis_name)
 
 
-def total(
+def weighted_sum(
     values: jax.Array, used: jax.Array, weights: jax.Array | None = None, axis_name: AxisName = None
 ) -> jax.Array:
-    """Their weighted sum over the used samples of the whole batch."""
+    """The weighted sum over the used samples of the whole batch."""
     if weights is not None:
         values = values * weights.astype(values.dtype)
-    number = jnp.sum(jnp.where(used, values, jnp.zeros((), values.dtype)))
-    return number if axis_name is None else lax.psum(number, axis_name)
+    total = jnp.sum(jnp.where(used, values, jnp.zeros((), values.dtype)))
+    return total if axis_name is None else lax.psum(total, axis_name)
 
 
-def mean(
+def weighted_mean(
     values: jax.Array, used: jax.Array, weights: jax.Array | None = None, axis_name: AxisName = None
 ) -> jax.Array:
-    """Their weighted mean over the used samples of the whole batch; 0 if there are none."""
-    return total(values, used, weights, axis_name) / number_of(used, weights, axis_name, values.dtype)
+    """The weighted mean over the used samples of the whole batch; 0 if there are none."""
+    total_weight = sum_of_weights(used, weights, axis_name, values.dtype)
+    return weighted_sum(values, used, weights, axis_name) / total_weight
 
 
-def number_of(used: jax.Array, weights: jax.Array | None, axis_name: AxisName, dtype: DTypeLike) -> jax.Array:
-    """How many samples of the whole batch are used, or the sum of their weights; 1 instead of 0."""
+def sum_of_weights(
+    used: jax.Array, weights: jax.Array | None, axis_name: AxisName, dtype: DTypeLike
+) -> jax.Array:
+    """The number of used samples of the whole batch, or the sum of their weights. A sum of 0 becomes 1."""
     if weights is None:
         return jnp.maximum(count(used, axis_name), 1).astype(dtype)
-    number = total(weights.astype(dtype), used, axis_name=axis_name)
-    return jnp.where(number == 0, jnp.ones((), dtype), number)
+    total = weighted_sum(weights.astype(dtype), used, axis_name=axis_name)
+    return jnp.where(total == 0, jnp.ones((), dtype), total)
 
 
 def count(used: jax.Array, axis_name: AxisName = None) -> jax.Array:
-    """How many samples are used, over the whole batch."""
+    """The number of used samples of the whole batch."""
     number = jnp.sum(used, dtype=jnp.int32)
     return number if axis_name is None else lax.psum(number, axis_name)
 
 
-def own_class_losses(
-    rows: jax.Array, x: jax.Array, known: jax.Array, used: jax.Array, *, clip: Clip, num_classes: int
+def _clamped_distance(
+    rows: jax.Array, x: jax.Array, in_range: jax.Array, used: jax.Array, *, clip: Clip, num_classes: int
 ) -> jax.Array:
-    """Per-sample losses from the rows already read: NaN for a used label without a class, 0 if unused."""
+    """The loss of each sample: NaN for a used label that is out of range, 0 for an unused sample."""
     dtype = rows.dtype
-    distance = squared_distance(x.astype(dtype), rows, known, used)
-    # Infinity, which the clamp would hide as 1e12, has to surface as NaN does, in the gradient too. The
-    # constants are NumPy's: an eager NaN of JAX's would trip jax_debug_nans on a clean batch.
-    proper = (jnp.isfinite(distance) & known) | jnp.logical_not(used)
-    distance = distance * jnp.where(proper, np.ones((), dtype), np.full((), np.nan, dtype))
+    distance = squared_distance(x.astype(dtype), rows, in_range, used)
+    # An infinite distance has to surface as NaN, in the gradient too, where the clamp would make it 1e12.
+    # NumPy constants: an eager NaN made by JAX would trip `jax_debug_nans` on a clean batch.
+    valid = (jnp.isfinite(distance) & in_range) | jnp.logical_not(used)
+    distance = distance * jnp.where(valid, np.ones((), dtype), np.full((), np.nan, dtype))
     if clip is not None:
         low, high = (jnp.asarray(bound, dtype) for bound in clip)
-        # jnp.clip would halve the gradient at the ends, where the reference passes all of it.
+        # `jnp.clip` halves the gradient at the bounds, where the clamp of PyTorch passes all of it.
         distance = jnp.where(distance < low, low, jnp.where(distance > high, high, distance))
-        other = jnp.minimum(jnp.maximum(jnp.zeros((), dtype), low), high)
-        distance = distance + (num_classes - 1) * other
+        clamped_zero = jnp.minimum(jnp.maximum(jnp.zeros((), dtype), low), high)
+        distance = distance + (num_classes - 1) * clamped_zero
     return jnp.where(used, distance, jnp.zeros((), dtype))
 
 
 @jax.custom_jvp
-def squared_distance(x: jax.Array, rows: jax.Array, known: jax.Array, used: jax.Array) -> jax.Array:
-    """`|x - row|²` of each sample, whatever the sample holds; the masks count in its derivative only.
+def squared_distance(x: jax.Array, rows: jax.Array, in_range: jax.Array, used: jax.Array) -> jax.Array:
+    """`|x - row|²` of each sample. The masks do not change it, only its derivative.
 
-    The derivative is the plain one, with what is not used or has no class left out before it is multiplied:
-    zero times NaN is NaN. Were the mask inside of the square, as it would have to be without a rule of its
-    own, XLA would make the difference several times over.
+    In the derivative the differences of unused samples are set to 0 before they are multiplied, since
+    0 * NaN is NaN, and a label out of range has no gradient for its row. Without a rule of its own the mask
+    would have to be inside of the square, and XLA would compute `x - rows` several times.
     """
-    del known, used
+    del in_range, used
     difference = x - rows
     return jnp.sum(difference * difference, axis=-1)
 
 
 @squared_distance.defjvp
 def _squared_distance_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    x, rows, known, used = primals
+    x, rows, in_range, used = primals
     zero = jnp.zeros((), x.dtype)
     difference = jnp.where(used[..., None], x - rows, zero)
-    step = tangents[0] - jnp.where(known[..., None], tangents[1], zero)
+    step = tangents[0] - jnp.where(in_range[..., None], tangents[1], zero)
     return squared_distance(*primals), 2 * jnp.sum(difference * step, axis=-1)

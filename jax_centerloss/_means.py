@@ -1,4 +1,4 @@
-"""Centers from features that are already there."""
+"""Initial centers as the class means of features."""
 
 import warnings
 from collections.abc import Iterable
@@ -13,17 +13,16 @@ from jax.typing import ArrayLike
 
 from jax_centerloss import _batch, _checks, _groups, _placement, _table
 
-_NAMED = 8  # Classes that the warning lists.
+_NAMED = 8  # Classes, at most, that the warning lists.
 
 
 def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike]]) -> Any:
     """Centers as the class means of features, in one pass over a stream of batches.
 
-    For a network that is already trained, in part or as a whole: its centers start where its features are.
-    Means are kept up to date by differences from them, and what is rounded off is kept in a table beside
-    them, so a stream of any length costs no digits. Only the rows of a batch's classes are touched.
-    It is called outside `jit`; batches of one shape compile once. The next batch is asked for when the last
-    one has been added, so that a loader may fill one buffer again and again.
+    It is for a network that has been trained before: its centers then start where its features are. The means
+    are running means with compensated summation, so that a long stream costs no digits, and a batch touches
+    the rows of its own classes only. Call it outside of `jit`; it compiles once for each shape of a batch. It
+    takes the next batch after it has added the last one, so that a data loader may reuse its buffer.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
@@ -31,8 +30,8 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
         negative ones are ignored.
 
     Returns:
-      Centers in the tree structure and dtype of `params`: the mean of each class that was seen, and the old
-      center of each that was not. A `UserWarning` names the latter.
+      Centers in the tree structure and dtype of `params`: the mean of each class of the stream, and the old
+      center of every other class. A `UserWarning` names the latter.
 
     Raises:
       ValueError: on a shape that does not fit, or a label `>= C`.
@@ -45,8 +44,8 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
       >>> jax_centerloss.init_from_features(jnp.zeros((2, 2)), [(x, labels)]).tolist()
       [[2.0, 0.0], [5.0, 5.0]]
     """
-    centers = _checks.table(params)
-    state = _start(centers)
+    centers = _checks.as_table(params)
+    state = _init_state(centers)
     for pair in batches:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             found = f"{type(pair).__name__}{f' of {len(pair)}' if isinstance(pair, tuple | list) else ''}"
@@ -54,13 +53,13 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
                 f"batches must hold pairs (x, labels), got {found}. A single batch is `[(x, labels)]`; "
                 "samples are masked by negative labels."
             )
-        batch = _batch.batch(pair[0], pair[1], None, None, centers)
+        batch = _batch.as_batch(pair[0], pair[1], None, None, centers)
         if any(isinstance(a, jax.core.Tracer) for a in (centers, batch.x, batch.labels)):
             raise TypeError("init_from_features loops over a stream of batches: call it outside of jit.")
-        # On a CPU an array may share the loader's memory, also one that the loader made by `jnp.asarray`.
-        state = jax.block_until_ready(_add(state, batch))
+        # Waited for: on a CPU an array that the loader made by `jnp.asarray` may share the loader's buffer.
+        state = jax.block_until_ready(_add_batch(state, batch))
     means, counts = state.means, state.counts
-    number, first = _unseen(counts)
+    number, first = _find_unseen(counts)
     if number:
         names = ", ".join(map(str, np.asarray(first)[:number])) + (", ..." if number > _NAMED else "")
         warnings.warn(
@@ -71,61 +70,63 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
 
 
 class _State(NamedTuple):
-    """Arrays, or where they lie."""
+    """Running means: arrays, or their shardings."""
 
     means: Any  # (C, D)
-    rest: Any  # (C, D), what was rounded off from the means.
+    remainder: Any  # (C, D), what rounding has taken from the means.
     counts: Any  # (C,)
 
 
-def _placed(*arrays: Any) -> _State | None:
+def _state_sharding(*arrays: Any) -> _State | None:
     centers, *others = jax.tree.leaves(arrays)
-    table = _placement.as_table(centers, *others)
+    table = _placement.centers_sharding(centers, *others)
     return None if table is None else _State(table, table, NamedSharding(table.mesh, P(table.spec[0])))
 
 
-@_placement.any_mesh(_placed)
-def _start(centers: jax.Array) -> _State:
-    # A copy, which can be donated from batch to batch; half precision would not hold a running mean.
+@_placement.jit_on_auto_axes(_state_sharding)
+def _init_state(centers: jax.Array) -> _State:
+    # A copy, which can be donated. Half precision has too few digits for a running mean.
     means = jnp.array(centers, _table.compute_dtype(centers))
     return _State(means, jnp.zeros_like(means), jnp.zeros(centers.shape[0], jnp.int32))
 
 
-@_placement.any_mesh(_placement.everywhere)
-def _unseen(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+@_placement.jit_on_auto_axes(_placement.replicated_sharding)
+def _find_unseen(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The number of classes without samples, and the first of them."""
     unseen = counts == 0
     first = jnp.flatnonzero(unseen, size=_NAMED, fill_value=counts.shape[0])
-    return jnp.sum(unseen, dtype=jnp.int32), _placement.whole(_placement.mesh_of(counts), first)
+    return jnp.sum(unseen, dtype=jnp.int32), _placement.replicate(first, _placement.mesh_of(counts))
 
 
-@_placement.any_mesh(_placed, donate_argnums=0)
-def _add(state: _State, batch: _batch.Batch) -> _State:
-    means, rest, counts = state
+@_placement.jit_on_auto_axes(_state_sharding, donate_argnums=0)
+def _add_batch(state: _State, batch: _batch.Batch) -> _State:
+    means, remainder, counts = state
     x, labels, used, _ = batch
     mesh = _placement.mesh_of(means, x, labels)
-    labels, used, x = _table.gather_batch(None, mesh, labels, used, x)
+    labels, used, x = _table.flatten_and_replicate(None, mesh, labels, used, x)
     x = x.astype(_table.compute_dtype(x, means))
-    slot, classes = _groups.slots(labels, used, means.shape[0])
+    slots, classes = _groups.assign_slots(labels, used, means.shape[0])
     number = classes.shape[0]
-    new = _groups.sum_by_slot(jnp.ones(slot.shape, jnp.int32), slot, number)
+    new = jax.ops.segment_sum(jnp.ones(slots.shape, jnp.int32), slots, number)
     classes = jnp.where(new > 0, classes, means.shape[0])
-    before = _table.rows_of(counts, classes)
-    # A class that is new starts from one of its samples: from the old center, which may lie anywhere, digits
-    # would be lost.
-    position = jnp.arange(slot.shape[0], dtype=jnp.int32)
-    sample = jnp.zeros(number, jnp.int32).at[slot].max(position, mode="drop")
-    start = jnp.where((before > 0)[:, None], _table.rows_of(means, classes).astype(x.dtype), x[sample])
-    difference = x - start.at[slot].get(mode="clip")
-    sums = _groups.sum_by_slot(difference, slot, number)
-    # The mean is start + lost. A step below half a unit of start is not lost either.
-    lost = _table.rows_of(rest, classes).astype(x.dtype)
+    before = _table.gather_class_rows(counts, classes)
+    # A new class starts at one of its samples. Differences from its old center, which may be far away, would
+    # cost digits.
+    position = jnp.arange(slots.shape[0], dtype=jnp.int32)
+    sample = jnp.zeros(number, jnp.int32).at[slots].max(position, mode="drop")
+    old_means = _table.gather_class_rows(means, classes).astype(x.dtype)
+    start = jnp.where((before > 0)[:, None], old_means, x[sample])
+    difference = x - start.at[slots].get(mode="clip")
+    sums = jax.ops.segment_sum(difference, slots, number)
+    # Compensated summation: the exact mean is `start + lost`, to twice the digits.
+    lost = _table.gather_class_rows(remainder, classes).astype(x.dtype)
     share = 1 / jnp.maximum(before + new, 1).astype(x.dtype)
     step = lost + share[:, None] * (sums - new.astype(x.dtype)[:, None] * lost)
-    moved = (start + step).astype(means.dtype)
-    added = moved.astype(x.dtype) - start
-    lost = (step - added) + (start - (moved.astype(x.dtype) - added))
+    mean = (start + step).astype(means.dtype)
+    added = mean.astype(x.dtype) - start
+    lost = (step - added) + (start - (mean.astype(x.dtype) - added))
     return _State(
-        _table.write_rows(means, classes, moved),
-        _table.write_rows(rest, classes, lost),
-        _table.add_rows(counts, classes, new),
+        _table.set_rows(means, classes, mean),
+        _table.set_rows(remainder, classes, lost),
+        _table.add_to_rows(counts, classes, new),
     )

@@ -1,4 +1,4 @@
-"""What tells a user that training works: pure functions of the centers and a batch of features."""
+"""Metrics that show whether training works: a pure function of the centers and a batch of features."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from jax_centerloss import _batch, _checks, _distances, _groups, _loss, _placeme
 from jax_centerloss._batch import Batch
 from jax_centerloss._table import AxisName
 
-_OTHER_CLASSES = 1024  # Among which the nearest other center is looked for, at most.
+_OTHER_CLASSES = 1024  # Classes, at most, among which the nearest other center is searched.
 
 
 def center_metrics(
@@ -26,46 +26,46 @@ def center_metrics(
 ) -> dict[str, jax.Array]:
     """How compact the classes of a batch are, how far apart, and whether their centers move.
 
-    All distances are Euclidean, not squared, and so comparable with each other (their derivative where they
-    are 0 is taken to be 0): training works if
-    `own_distance` falls below `gap`. Centers that stand still show in `moved`, which is then far smaller
-    than `own_distance`; mostly their step is scaled by the weight of the loss, see `with_center_optimizer`.
+    All distances are Euclidean, not squared, so that they can be compared with each other. Training works if
+    `own_distance` falls below `gap`. If centers barely move, `moved` is far below `own_distance`; the usual
+    cause is a step that is scaled by the weight of the loss, see `with_center_optimizer`.
 
-    The cost is O(N·D), and for `gap` O(N·min(C, 1024)·D). Up to 1,024 classes it is exact. Of more classes
-    1,024 are looked at, at even distances over the table: the nearest center may lie nearer.
+    The cost is O(N·D), and for `gap` O(N·min(C, 1024)·D). `gap` is exact up to 1,024 classes. Beyond, only
+    1,024 evenly spaced ones are searched, and the nearest center may be nearer. The derivative of a distance
+    of 0 is 0.
 
-    Called in the jitted step that moves the centers, pass it what the step starts from, and its result in
-    `after`. `previous` has to be a copy kept outside of such a step, since centers are donated there.
+    In a jitted step that moves the centers, pass the centers from before the move, and the metrics in
+    `after`. `previous` is a copy that is kept outside of such a step, since the step donates its centers.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
       x: features `(..., D)`, floating point.
-      labels: integer classes `(...)`. Negative ones are ignored; one that is `>= C` raises where its value is
-        known and makes the distances NaN under `jit`.
+      labels: integer classes `(...)`. Negative ones are ignored. A label `>= C` raises; under `jit`, where
+        its value is not known, it makes the distances NaN.
       where: boolean `(...)`, the samples to use; all by default.
-      weights: real numbers `(...)`, not negative, one for each sample: a weight of k counts as k samples, 0
-        as none. A negative one raises where its value is known; under `jit` it makes the distances NaN.
-      previous: earlier centers, in the form of `params`: a copy taken some steps ago, say one epoch. The
-        centers themselves are refused, such as the state of the very NNX module, which follows it.
-      axis_name: inside `shard_map`, `pmap` or `vmap`, the mapped axis (or axes) that the batch is spread
-        over: means and numbers are then over the whole batch.
+      weights: real numbers `(...)`, not negative: a sample of weight k counts as k samples, of weight 0 as
+        none. A negative weight raises; under `jit` it makes the distances NaN.
+      previous: earlier centers, in the form of `params`: a copy from some steps ago, such as an epoch. The
+        array that `params` holds is refused, and so is the state of the same NNX module, which follows it.
+      axis_name: inside `shard_map`, `pmap` or `vmap`, the mapped axis (or axes) over which the batch is
+        split: means and counts are then over the whole batch.
 
     Returns:
-      A dict of scalars, in float32 (float64 if an operand has it) unless said otherwise, and 0 if no sample
-      is used:
+      A dict of scalars, in float32 (float64 if an operand is) except for the count, and 0 if no sample is
+      used:
 
-      `"own_distance"`: from a sample to the center of its class, mean over the samples;
-      `"gap"`: how much farther the nearest other center is, mean over the samples: negative for a sample that
-      is nearer to another class; infinite if there is no other center;
-      `"classes_seen"`: int32, how many classes the samples have;
-      `"moved"`: how far a center is from its place in `previous`, mean over the classes that were seen. Only
-      with `previous`.
+      `"own_distance"`: the distance of a sample to the center of its class, mean over the samples;
+      `"gap"`: how much farther the nearest other center is, mean over the samples. It is negative for a
+      sample that is nearer to another center, and infinite if there is none;
+      `"classes_seen"`: int32, the number of classes of the used samples;
+      `"moved"`: the distance of a center to the same row of `previous`, mean over the classes of the used
+      samples. Only with `previous`.
 
     Raises:
-      ValueError: on a shape that does not fit, a known label `>= C` or negative weight, or a `previous` that
-        is no earlier table.
+      ValueError: on a shape that does not fit, a `previous` that is no earlier table, or outside of `jit` a
+        label `>= C` or a negative weight.
       TypeError: on features or centers that are not floating point, labels that are not integers, a `where`
-        that is not boolean, or what is no array at all.
+        that is not boolean, or an argument that is no array.
 
     Example:
       >>> import jax.numpy as jnp, jax_centerloss
@@ -75,48 +75,50 @@ def center_metrics(
       >>> {name: round(float(value), 2) for name, value in metrics.items()}
       {'classes_seen': 1.0, 'gap': 7.27, 'moved': 1.41, 'own_distance': 2.0}
     """
-    centers = _checks.table(params)
-    batch = _batch.batch(x, labels, where, weights, centers)
+    centers = _checks.as_table(params)
+    batch = _batch.as_batch(x, labels, where, weights, centers)
     if previous is not None:
-        previous = _checks.previous(params, previous, centers)
-    metrics: dict[str, jax.Array] = _metrics(centers, batch, previous, axis_name=axis_name)
+        previous = _checks.as_previous_table(params, previous, centers)
+    metrics: dict[str, jax.Array] = _compute_metrics(centers, batch, previous, axis_name=axis_name)
     return metrics
 
 
-@_placement.any_mesh(_placement.everywhere, static_argnames="axis_name")
-def _metrics(
+@_placement.jit_on_auto_axes(_placement.replicated_sharding, static_argnames="axis_name")
+def _compute_metrics(
     centers: jax.Array, batch: Batch, previous: jax.Array | None, *, axis_name: AxisName
 ) -> dict[str, jax.Array]:
     x, labels, used, weights = batch
     if weights is not None:
         used = used & (weights != 0)
-    # Before any root, whose derivative at NaN would not be masked any more.
+    # Unused features are set to 0 before any square root, whose derivative at NaN can't be masked later.
     x = jnp.where(used[..., None], x, jnp.zeros((), x.dtype))
-    rows, known = _table.read_rows(centers, labels, x)
-    own = _distances.root(_loss.squared_distance(x.astype(rows.dtype), rows, known, used))
-    own = jnp.where(known, own, np.full((), np.nan, rows.dtype))
+    rows, in_range = _table.gather_own_rows(centers, labels, x)
+    own = _distances.safe_sqrt(_loss.squared_distance(x.astype(rows.dtype), rows, in_range, used))
+    own = jnp.where(in_range, own, np.full((), np.nan, rows.dtype))
     gap = _nearest_other(centers, x, labels) - own
     metrics = {
-        "own_distance": _loss.mean(own, used, weights, axis_name),
-        "gap": _loss.mean(gap, used, weights, axis_name),
+        "own_distance": _loss.weighted_mean(own, used, weights, axis_name),
+        "gap": _loss.weighted_mean(gap, used, weights, axis_name),
     }
 
     mesh = _placement.mesh_of(centers, x, labels)
-    labels, used = _table.gather_batch(axis_name, mesh, labels, used & known)
-    slot, classes = _groups.slots(labels, used, centers.shape[0])
-    seen = _groups.sum_by_slot(jnp.ones(slot.shape, jnp.int32), slot, classes.shape[0]) > 0
+    labels, used = _table.flatten_and_replicate(axis_name, mesh, labels, used & in_range)
+    slots, classes = _groups.assign_slots(labels, used, centers.shape[0])
+    seen = jax.ops.segment_sum(jnp.ones(slots.shape, jnp.int32), slots, classes.shape[0]) > 0
     metrics["classes_seen"] = _loss.count(seen)
     if previous is not None:
         dtype = _table.compute_dtype(centers, previous)
-        now, then = (_table.rows_of(table, classes).astype(dtype) for table in (centers, previous))
-        metrics["moved"] = _loss.mean(_distances.root(jnp.sum((now - then) ** 2, axis=-1)), seen)
+        now, then = (_table.gather_class_rows(table, classes).astype(dtype) for table in (centers, previous))
+        metrics["moved"] = _loss.weighted_mean(
+            _distances.safe_sqrt(jnp.sum((now - then) ** 2, axis=-1)), seen
+        )
     return metrics
 
 
 def _nearest_other(centers: jax.Array, x: jax.Array, labels: jax.Array) -> jax.Array:
-    """The distance of each sample to the nearest center of another class, among some of them."""
-    classes, some = _table.sample(centers, _OTHER_CLASSES)
-    distances = _distances.root(_distances.distances_to(some, x, precision="highest"))
+    """The distance of each sample to the nearest of up to 1,024 centers of other classes."""
+    classes, rows = _table.evenly_spaced_rows(centers, _OTHER_CLASSES)
+    distances = _distances.safe_sqrt(_distances.distances_to(rows, x, precision="highest"))
     classes = classes.astype(labels.dtype).reshape((1,) * labels.ndim + (-1,))
     other = (labels[..., None] != classes) & jnp.logical_not(jnp.isnan(distances))
     return jnp.min(jnp.where(other, distances, np.full((), np.inf, distances.dtype)), axis=-1)

@@ -1,4 +1,4 @@
-"""The centers' own optimizer, inside the model's."""
+"""An optimizer of the centers' own, beside that of the model."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -6,21 +6,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from jax_centerloss import _checks, _table
 from jax_centerloss._rows import RowOptimizer
 
 Path = tuple[str | int, ...]
 
-# Metadata of the Variables of `nnx.CenterLoss`, which no other layer's have.
+# Metadata by which the Variables of `nnx.CenterLoss` are told from those of other layers.
 OWNER = {"owner": "jax_centerloss.CenterLoss"}
 
 
 class CenterOptimizerState(NamedTuple):
-    """`centers` is the model's tree, with an `EmptyState` for each leaf that is centers, else a `MaskedNode`.
+    """Which leaves are centers, and the state of the two optimizers.
 
-    It is told by the structure alone, which needs no memory and passes through `jit` and checkpoints. An
-    update could not tell: NNX hands it bare arrays.
+    `centers` is the tree of the params with an `EmptyState` for each leaf that is centers and a `MaskedNode`
+    for any other. It has no arrays, so that it passes through `jit` and checkpoints. `update` can't find the
+    centers again: NNX passes bare arrays to it, without the metadata of their Variables.
     """
 
     centers: Any
@@ -28,7 +30,7 @@ class CenterOptimizerState(NamedTuple):
 
 
 class DividedState(NamedTuple):
-    """How many updates there were, and the state of the optimizer behind the division."""
+    """The number of updates so far, and the state of the optimizer that gets the divided gradient."""
 
     step: jax.Array
     inner: Any
@@ -41,34 +43,35 @@ def with_center_optimizer(
     weight: float | optax.Schedule | None = None,
     select: Callable[[Path, Any], bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Gives the centers their own optax chain and leaves everything else to `tx`.
+    """Gives the centers an optax chain of their own, and everything else to `tx`.
 
-    In Flax NNX the centers are the parameters of the `nnx.CenterLoss` modules, however many. Linen params and
-    plain dicts show keys only: there it is the one leaf below a key `"centers"`. Other layers have parameters
-    of that name too (radial basis functions, clustering), so with several such leaves `select` has to
-    say which.
+    In Flax NNX the centers are the parameters of all `nnx.CenterLoss` modules. Linen params and plain dicts
+    have keys only: there the centers are the one leaf below a key `"centers"`. Other layers have parameters
+    of that name too (radial basis functions, clustering), so that with several such leaves `select` has to
+    say which are meant.
 
-    The gradient of `cross_entropy + lam * center_loss` holds `lam`. `weight=lam` divides it out, so that
-    the centers' rate means the same whatever `lam` is. Without it, centers move `lam` times as far.
-    Clip gradients inside `tx`, not around this: the centers' gradient would enter the norm.
+    The gradient of `cross_entropy + lam * center_loss` by the centers is proportional to `lam`.
+    `weight=lam` divides by it, so that the learning rate of the centers does not depend on `lam`. Without it,
+    centers move `lam` times as far. Clip gradients inside of `tx`: around this transformation, the norm would
+    include the gradient of the centers.
 
     Args:
       tx: the model's optimizer.
       centers: the centers' optimizer; `optax.sgd(0.5)` by default.
-      weight: the weight of the center loss, `lam`, to divide the centers' gradient by: a number, or a
-        schedule of the number of updates so far, as optax's are. Where it is 0, centers and the state of
-        their optimizer rest. By default nothing is divided.
-      select: `select(path, leaf)` says whether a leaf holds centers. `path` is the tuple of the keys,
-        attribute names and indices that lead to the leaf, such as `("loss", "centers")`. It is asked by
-        `init` only.
+      weight: the weight `lam` of the center loss, by which the gradient of the centers is divided: a number,
+        or an optax schedule of the number of updates so far. While it is 0, the centers and the state of
+        their optimizer do not change. By default nothing is divided.
+      select: `select(path, leaf)` returns whether a leaf holds centers. `path` is the tuple of the keys,
+        attribute names and indices that lead to the leaf, such as `("loss", "centers")`. Only `init` calls
+        it.
 
     Returns:
-      An optax transformation, for `nnx.Optimizer`, `TrainState` or a loop of one's own.
+      An optax transformation, for `nnx.Optimizer`, `TrainState` or your own loop.
 
     Raises:
       TypeError: if `tx` or `centers` is not an optax transformation, `weight` is neither a number nor a
         function, or `select` is no function.
-      ValueError: on `init`, if no leaf holds centers, or it can't be told which one does.
+      ValueError: on `init`, if no leaf holds centers, or several may.
 
     Example:
       >>> import jax.numpy as jnp, optax, jax_centerloss
@@ -88,14 +91,14 @@ def with_center_optimizer(
         )
     if weight is not None:
         if not callable(weight):
-            number = _checks.scalar("weight", weight, "Pass λ as a number, or as an optax schedule.")
-            if _checks.concrete(number) and not number >= 0:
+            number = _checks.as_scalar("weight", weight, "Pass λ as a number, or as an optax schedule.")
+            if _checks.is_concrete(number) and not number >= 0:
                 raise ValueError(f"weight must not be negative or NaN, got {weight}.")
         own = _divide_out(weight, own)
     chains = {"centers": own, "model": tx}
 
     def split_by(labels: Any) -> optax.GradientTransformationExtraArgs:
-        # By a function: labels have the model's own type, which may be callable, and optax would call it.
+        # As a function: labels have the type of the model, and optax would call a model that is callable.
         return optax.partition(chains, lambda _: labels)
 
     def init(params: Any) -> CenterOptimizerState:
@@ -103,7 +106,7 @@ def with_center_optimizer(
         if jax.tree.leaves(bare) or _is_container(bare):
             marks = _marks(params, select)
             labels = _labels(marks)
-        else:  # The placeholder by which optax.tree.map_params finds the params in a state.
+        else:  # `optax.tree.map_params` passes a placeholder to `init`.
             marks = labels = bare
         return CenterOptimizerState(marks, split_by(labels).init(bare))
 
@@ -111,9 +114,9 @@ def with_center_optimizer(
         updates: Any, state: CenterOptimizerState, params: Any = None, **extra: Any
     ) -> tuple[Any, CenterOptimizerState]:
         split = split_by(_labels(state.centers))
-        moved, inner = split.update(_bare(updates), state.inner, _bare(params), **extra)
-        moved = jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(moved))
-        return moved, CenterOptimizerState(state.centers, inner)
+        new_updates, inner = split.update(_bare(updates), state.inner, _bare(params), **extra)
+        new_updates = jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(new_updates))
+        return new_updates, CenterOptimizerState(state.centers, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -121,7 +124,7 @@ def with_center_optimizer(
 def _divide_out(
     weight: float | optax.Schedule, tx: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx` on the gradient divided by `weight`; where that is 0, nothing moves."""
+    """`tx` with its gradient divided by `weight`. While that is 0, updates are 0 and its state is kept."""
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> DividedState:
@@ -130,59 +133,59 @@ def _divide_out(
     def update(
         updates: Any, state: DividedState, params: Any = None, **extra: Any
     ) -> tuple[Any, DividedState]:
-        lam = _checks.scalar("weight", weight(state.step) if callable(weight) else weight)
-        rests = lam == 0
+        lam = _checks.as_scalar("weight", weight(state.step) if callable(weight) else weight)
+        is_zero = lam == 0
 
-        def divided(gradient: jax.Array) -> jax.Array:
-            # In float32: float16 holds neither 1e-5 nor its inverse.
+        def divide(gradient: jax.Array) -> jax.Array:
+            # In float32, since 1e-5 and its inverse are beyond float16.
             wide = gradient.astype(_table.compute_dtype(gradient))
-            quotient = wide / jnp.where(rests, jnp.ones((), wide.dtype), lam.astype(wide.dtype))
+            quotient = wide / jnp.where(is_zero, jnp.ones((), wide.dtype), lam.astype(wide.dtype))
             return quotient.astype(gradient.dtype)
 
-        moved, inner = tx.update(jax.tree.map(divided, updates), state.inner, params, **extra)
-        moved = jax.tree.map(lambda step: jnp.where(rests, jnp.zeros_like(step), step), moved)
-        inner = jax.tree.map(lambda new, old: jnp.where(rests, old, new), inner, state.inner)
-        return moved, DividedState(optax.safe_increment(state.step), inner)
+        new_updates, inner = tx.update(jax.tree.map(divide, updates), state.inner, params, **extra)
+        new_updates = jax.tree.map(lambda u: jnp.where(is_zero, jnp.zeros_like(u), u), new_updates)
+        inner = jax.tree.map(lambda new, old: jnp.where(is_zero, old, new), inner, state.inner)
+        return new_updates, DividedState(optax.safe_increment(state.step), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _marks(params: Any, select: Callable[[Path, Any], bool] | None) -> Any:
-    """The tree of params, with an `EmptyState` for each leaf that is centers, else a `MaskedNode`."""
+    """`CenterOptimizerState.centers` of these params."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_variable)
-    paths = [_plain(path) for path, _ in leaves]
+    paths = [_as_path(key_path) for key_path, _ in leaves]
     if select is None:
-        chosen = _owned(paths, [leaf for _, leaf in leaves])
+        chosen = _find_centers(paths, [leaf for _, leaf in leaves])
     else:
         chosen = [bool(select(path, _content(leaf))) for path, (_, leaf) in zip(paths, leaves, strict=True)]
         if not any(chosen):
-            raise ValueError(f"no parameter was picked by select: this model has {_named(paths)}.")
+            raise ValueError(f"no parameter was picked by select: this model has {_list_paths(paths)}.")
     marks = [optax.EmptyState() if centers else optax.MaskedNode() for centers in chosen]
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_variable), marks)
 
 
-def _owned(paths: list[Path], leaves: list[Any]) -> list[bool]:
-    """Which leaves belong to a center loss: NNX Variables say so, of others the key has to tell."""
+def _find_centers(paths: list[Path], leaves: list[Any]) -> list[bool]:
+    """Which leaves are centers: Variables that a center loss owns, and other leaves by their key."""
     owned = [_is_variable(leaf) and OWNER.items() <= leaf.get_metadata().items() for leaf in leaves]
     keyed = ["centers" in path and not _is_variable(leaf) for path, leaf in zip(paths, leaves, strict=True)]
     chosen = [a or b for a, b in zip(owned, keyed, strict=True)]
     found = [path for path, centers in zip(paths, chosen, strict=True) if centers]
     if len(found) > 1 and any(keyed):
         raise ValueError(
-            f'several parameters are below a key "centers": {_named(found)}. Other layers have parameters of '
-            "that name too. Say which are a center loss's by `select`, such as "
+            f'several parameters are below a key "centers": {_list_paths(found)}. Other layers have '
+            "parameters of that name too. Say which are a center loss's by `select`, such as "
             '`select=lambda path, leaf: path == ("center_loss", "centers")`.'
         )
     if not found:
         others = [path for path in paths if "centers" in path]
         reason = (
-            f"no parameter is known to belong to an nnx.CenterLoss; {_named(others)} may be another layer's "
-            "(if it does hold the centers of a loss, or its Variable was replaced, say so by `select`)"
+            f"no parameter is known to belong to an nnx.CenterLoss; {_list_paths(others)} may be another "
+            "layer's (if it does hold a loss's centers, or its Variable was replaced, say so by `select`)"
             if others
             else 'no parameter is below a key "centers"'
         )
         raise ValueError(
-            f"{reason}: this model has {_named(paths)}. Put the center loss module (or the dict from "
+            f"{reason}: this model has {_list_paths(paths)}. Put the center loss module (or the dict from "
             "init_centers) into the tree that is optimized, or name the centers with select. Centers "
             'that are state (centers_as="state") have no optimizer: they are moved by rule or by rows.'
         )
@@ -190,7 +193,7 @@ def _owned(paths: list[Path], leaves: list[Any]) -> list[bool]:
 
 
 def _labels(marks: Any) -> Any:
-    """What `optax.partition` asks for, by the marks of an `init`."""
+    """The labels that `optax.partition` takes."""
 
     def is_mark(node: Any) -> bool:
         return isinstance(node, optax.EmptyState | optax.MaskedNode)
@@ -201,16 +204,16 @@ def _labels(marks: Any) -> Any:
 
 
 def _bare(tree: Any) -> Any:
-    """The tree with the arrays in place of Flax's Variables, which can't stand around a masked leaf."""
-    return jax.tree.map(lambda node: _content(node), tree, is_leaf=_is_variable)
+    """The tree with arrays instead of Flax's Variables, which may not hold optax's `MaskedNode`."""
+    return jax.tree.map(_content, tree, is_leaf=_is_variable)
 
 
 def _is_variable(node: Any) -> bool:
-    return hasattr(node, "get_metadata")
+    return isinstance(node, nnx.Variable)
 
 
 def _content(node: Any) -> Any:
-    """What a Variable holds: an array, or the `MaskedNode` that a masked one has instead."""
+    """What a Variable holds, an array or a `MaskedNode`; any other node is returned as it is."""
     return jax.tree.leaves(node, is_leaf=lambda inner: inner is not node)[0] if _is_variable(node) else node
 
 
@@ -218,11 +221,11 @@ def _is_container(tree: Any) -> bool:
     return tree is None or isinstance(tree, Mapping | tuple | list)
 
 
-def _named(paths: list[Path]) -> str:
+def _list_paths(paths: list[Path]) -> str:
     return ", ".join("/".join(map(str, path)) or "a bare array" for path in paths) or "no parameters"
 
 
-def _plain(key_path: tuple[Any, ...]) -> Path:
+def _as_path(key_path: tuple[Any, ...]) -> Path:
     """The keys, attribute names and indices of a JAX key path."""
     return tuple(
         next(getattr(entry, name) for name in ("key", "name", "idx") if hasattr(entry, name))

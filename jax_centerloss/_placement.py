@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh of devices: the one place that knows the kinds of axes."""
+"""Shardings: the one place that tells Explicit mesh axes from Auto ones."""
 
 import math
 import operator
@@ -14,22 +14,27 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-OutSharding = NamedSharding | P | Format  # Where a table is asked to lie.
+OutSharding = NamedSharding | P | Format  # What `out_sharding` accepts.
 
 
 def mesh_of(*arrays: ArrayLike) -> AbstractMesh | None:
-    """The mesh that the arrays are placed on, where tracing shows it."""
-    meshes = (getattr(jax.typeof(a).sharding, "mesh", None) for a in arrays)
-    return next((mesh for mesh in meshes if mesh is not None and not mesh.empty), None)
+    """The mesh of the first array that is known to be on one."""
+    for array in arrays:
+        mesh: AbstractMesh | None = getattr(jax.typeof(array).sharding, "mesh", None)
+        if mesh is not None and not mesh.empty:
+            return mesh
+    return None
 
 
-def axes_of(entry: Any) -> tuple[Any, ...]:
-    """The axes of the mesh in one entry of a `PartitionSpec`."""
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+def mesh_axes(entry: Any) -> tuple[Any, ...]:
+    """The mesh axes in one entry of a `PartitionSpec`: None, a name, or a tuple of names."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def sharding_of(array: jax.Array, *others: jax.Array) -> NamedSharding | None:
-    """The placement of `array`; on the mesh of `others`, whole on every device, if it has none of its own."""
+    """The sharding of `array`. If it has none, it counts as replicated on the mesh of `others`."""
     if mesh_of(array) is not None:
         sharding: NamedSharding = jax.typeof(array).sharding
         return sharding
@@ -37,120 +42,130 @@ def sharding_of(array: jax.Array, *others: jax.Array) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, P(*(None,) * array.ndim))
 
 
-def as_table(centers: jax.Array, *others: Any) -> NamedSharding | None:
-    """Where centers lie that are returned, given with `others`."""
+def centers_sharding(centers: jax.Array, *others: Any) -> NamedSharding | None:
+    """The sharding of returned centers: that of `centers`, else replicated on the mesh of `others`."""
     return sharding_of(centers, *jax.tree.leaves(others))
 
 
+def per_sample_sharding(x: jax.Array, *others: jax.Array) -> NamedSharding | None:
+    """The sharding of an array with one entry per sample of `x`: that of `x` without its last axis."""
+    sharding = sharding_of(x, *others)
+    return None if sharding is None else NamedSharding(sharding.mesh, P(*sharding.spec[:-1]))
+
+
+def replicated_sharding(*arrays: Any) -> NamedSharding | None:
+    """The sharding that replicates an array on the mesh of `arrays`."""
+    mesh = mesh_of(*jax.tree.leaves(arrays))
+    return None if mesh is None else NamedSharding(mesh, P())
+
+
 def reshard(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """`array` moved there, on Explicit axes; Auto ones are XLA's."""
-    if not _explicit(sharding.mesh):
+    """Reshards `array` on Explicit axes. On Auto axes XLA chooses, and `array` is returned as it is."""
+    if not _explicit_axes(sharding.mesh):
         return array
-    moved: jax.Array = jax.sharding.reshard(array, sharding)
-    return moved
+    resharded: jax.Array = jax.sharding.reshard(array, sharding)
+    return resharded
 
 
-def samples_of(x: jax.Array, *others: jax.Array) -> NamedSharding | None:
-    """Where something lies that has one entry for each sample of `x`."""
-    placed = sharding_of(x, *others)
-    return None if placed is None else NamedSharding(placed.mesh, P(*placed.spec[:-1]))
+def reshard_like_samples(array: jax.Array, x: jax.Array) -> jax.Array:
+    """Reshards `array`, which has one entry per sample, as the samples of `x` are."""
+    sharding = per_sample_sharding(x, array)
+    return array if sharding is None or mesh_of(array) is None else reshard(array, sharding)
 
 
-def along(x: jax.Array, array: jax.Array) -> jax.Array:
-    """`array`, which has one entry for each sample, placed as the samples of `x` are."""
-    placed = samples_of(x, array)
-    return array if placed is None or mesh_of(array) is None else reshard(array, placed)
+def place_like_table(leaf: jax.Array, centers: jax.Array) -> jax.Array:
+    """Places a leaf of an optimizer's initial state where the first step would leave it.
 
-
-def beside(centers: jax.Array, leaf: jax.Array) -> jax.Array:
-    """What belongs to concrete centers where the first step would put it: a scalar on all of their devices.
-
-    A table of their shape is laid out in memory as they are.
+    A scalar is replicated on the devices of the centers; a table gets the memory layout of the centers.
+    Otherwise the second step would be compiled again, for other input shardings. Tracers stay as they are.
     """
     placed = leaf
-    if any(isinstance(a, jax.core.Tracer) or not isinstance(a, jax.Array) for a in (centers, leaf)):
+    if any(isinstance(a, jax.core.Tracer) or not isinstance(a, jax.Array) for a in (leaf, centers)):
         return placed
     if not leaf.ndim:
         if isinstance(centers.sharding, NamedSharding):
             placed = jax.device_put(leaf, NamedSharding(centers.sharding.mesh, P()))
     elif leaf.shape == centers.shape:
-        lies: Any = operator.attrgetter("format.layout.major_to_minor")  # Not in the types of `jax.Array`.
-        if lies(leaf) != (order := lies(centers)):
+        order_of: Any = operator.attrgetter("format.layout.major_to_minor")  # `jax.Array` does not type it.
+        if order_of(leaf) != (order := order_of(centers)):
             placed = jax.device_put(leaf, Format(Layout(order), leaf.sharding))
     return placed
 
 
-def everywhere(*arrays: Any) -> NamedSharding | None:
-    """On every device of the mesh of `arrays`, whole."""
-    mesh = mesh_of(*jax.tree.leaves(arrays))
-    return None if mesh is None else NamedSharding(mesh, P())
+def jit_on_auto_axes(
+    out_sharding: Callable[..., Any], **jit_options: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator: `jax.jit`, with Explicit mesh axes turned into Auto ones inside of the function.
 
-
-def any_mesh(placed: Callable[..., Any], **jit: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compiles a function of arrays as one program, in which axes that are Explicit are Auto.
-
-    `placed(*arrays)` says where the results lie if there are such axes; on Auto axes XLA finds it out.
+    `out_sharding(*arrays)` returns the shardings of the results. It is asked only where there are Explicit
+    axes; on Auto axes XLA infers them.
     """
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        # Inlined into the user's program, in which XLA then shares more between the loss and the step.
-        @partial(jax.jit, inline=True, **jit)
+        # Inlined into the caller's program, so that XLA computes what loss and update share only once.
+        @partial(jax.jit, inline=True, **jit_options)
         @wraps(function)
         def program(*arrays: Any, **static: Any) -> Any:
-            inside = partial(function, **static)
+            call = partial(function, **static)
             mesh = mesh_of(*jax.tree.leaves(arrays))
-            if explicit := () if mesh is None else _explicit(mesh):
-                inside = jax.sharding.auto_axes(inside, axes=explicit, out_sharding=placed(*arrays))
-            return inside(*arrays)
+            explicit = () if mesh is None else _explicit_axes(mesh)
+            if explicit:
+                call = jax.sharding.auto_axes(call, axes=explicit, out_sharding=out_sharding(*arrays))
+            return call(*arrays)
 
         return program
 
     return wrap
 
 
-def _explicit(mesh: AbstractMesh | Mesh) -> tuple[Any, ...]:
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in kinds if kind is AxisType.Explicit)
+def _explicit_axes(mesh: AbstractMesh | Mesh) -> tuple[Any, ...]:
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, axis_type in types if axis_type is AxisType.Explicit)
 
 
-def drawn(draw: Callable[[jax.Array], Any], key: jax.Array, placed: NamedSharding | Format) -> Any:
-    """`draw(key)`, of which every device draws its own part."""
-    sharding = placed.sharding if isinstance(placed, Format) else placed
-    explicit = _explicit(sharding.mesh) if isinstance(sharding, NamedSharding) else ()
+def draw_sharded(draw: Callable[[jax.Array], Any], key: jax.Array, out: NamedSharding | Format) -> Any:
+    """`draw(key)`, each device drawing its own shard."""
+    sharding = out.sharding if isinstance(out, Format) else out
+    explicit = _explicit_axes(sharding.mesh) if isinstance(sharding, NamedSharding) else ()
     if explicit:
-        # Else the table would be Explicit, and so whole on every device, until it is done.
+        # Under Explicit axes the initializer's intermediates would be replicated tables.
         draw = jax.sharding.auto_axes(draw, axes=explicit, out_sharding=sharding)
-    return jax.jit(draw, out_shardings=placed)(key)
+    return jax.jit(draw, out_shardings=out)(key)
 
 
-def whole(mesh: AbstractMesh | None, array: jax.Array) -> jax.Array:
-    """`array` whole on every device of `mesh`.
+def replicate(array: jax.Array, mesh: AbstractMesh | None) -> jax.Array:
+    """Replicates `array` on every device of `mesh`.
 
-    For batches, before they are written to a table: of a scatter whose updates are spread over devices XLA
-    makes one table for each part of them, and adds the tables up.
+    A batch is replicated before it is scattered into a table. For sharded updates XLA would scatter each
+    shard into a table of its own and all-reduce these tables.
     """
     if mesh is None:
-        if jax.device_count() == 1:
-            return array
-        # The program may still run on many devices, which are not known yet. What is read at indices that
-        # are the same everywhere, and that XLA can't see through, is whole everywhere.
-        zero = lax.optimization_barrier(jnp.zeros((), jnp.int32))
-        order = jnp.arange(array.shape[0], dtype=jnp.int32) + zero
-        return array.at[order].get(mode="promise_in_bounds", unique_indices=True)
+        return array if jax.device_count() == 1 else _replicate_on_unknown_mesh(array)
     if AxisType.Manual in mesh.axis_types:
         return array
     sharding = NamedSharding(mesh, P(*(None,) * array.ndim))
     array = reshard(array, sharding)
-    # Outside of a program there is no choice of XLA's to constrain.
+    # A constraint is for XLA, so it has no meaning outside of `jit`.
     if AxisType.Auto in mesh.axis_types and isinstance(array, jax.core.Tracer):
         array = lax.with_sharding_constraint(array, sharding)
     return array
 
 
-def stripes(centers: jax.Array) -> int:
-    """Into how many equal parts, of consecutive classes, a table can be cut without cutting through a shard.
+def _replicate_on_unknown_mesh(array: jax.Array) -> jax.Array:
+    """Replicates `array` under `jit` on Auto axes, where tracing does not show the mesh.
 
-    Auto axes don't show how many shards there are, but it is a divisor of the number of devices.
+    A gather at replicated indices has a replicated result. The barrier hides from XLA that these indices are
+    0, 1, 2, ..., for which it would drop the gather.
+    """
+    hidden_zero = lax.optimization_barrier(jnp.zeros((), jnp.int32))
+    identity = jnp.arange(array.shape[0], dtype=jnp.int32) + hidden_zero
+    return array.at[identity].get(mode="promise_in_bounds", unique_indices=True)
+
+
+def num_stripes(centers: jax.Array) -> int:
+    """How many equal parts of consecutive classes the table has, so that no part crosses a shard's end.
+
+    Auto axes do not show the number of shards, but it divides the number of devices.
     """
     mesh = mesh_of(centers)
     return math.gcd(centers.shape[0], jax.device_count() if mesh is None else mesh.size)

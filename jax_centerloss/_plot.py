@@ -10,9 +10,9 @@ from jax_centerloss import _batch, _checks
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MANY = 20_000  # Points above which dots hide each other, and take long to draw.
-_BINS = 200
-_NAMED = 20  # Classes that the legend names, at most: as many colors as can be told apart.
+_MOST_DOTS = 20_000  # With more, dots hide each other and take long to draw.
+_BINS = 200  # Along each axis of the density image.
+_LEGEND_CLASSES = 20  # The most that the legend lists: as many colors as can be told apart.
 
 
 def plot(
@@ -27,22 +27,22 @@ def plot(
 ) -> "Axes":
     """Draws features of two dimensions, colored by class, with the centers of their classes.
 
-    It shows what center loss does: with softmax alone, classes are long petals around the origin; the larger
-    the weight of the center loss, the more they shrink to clusters around their centers. Arrows from
-    `previous` show whether centers move. Both axes have one scale, since the loss is a distance.
+    It shows what center loss does: with softmax alone the classes are long petals around the origin, and the
+    larger the weight of the center loss, the more they shrink to clusters around their centers. Arrows from
+    `previous` show whether centers move. Both axes have the same scale, since the loss is a distance.
 
-    The legend names up to 20 classes; `ax.get_legend().remove()` takes it away again.
-    Features of more dimensions have to be projected first, centers along with them: with scikit-learn,
+    The legend lists up to 20 classes; `ax.get_legend().remove()` removes it. Features of more dimensions have
+    to be projected first, together with the centers. With scikit-learn:
     `pca = PCA(2).fit(x)`, then `plot(pca.transform(centers), pca.transform(x), labels)`.
 
     Args:
       params: a pytree with one leaf, the `(C, 2)` centers.
-      x: features `(..., 2)`, floating point. Features that are not finite are left out.
-      labels: integer classes `(...)`. Samples whose label is negative are left out.
+      x: features `(..., 2)`, floating point. NaN and infinite ones are not drawn.
+      labels: integer classes `(...)`. Samples with a negative label are not drawn.
       where: boolean `(...)`, the samples to draw; all by default.
-      previous: earlier centers, in the form of `params`: an arrow leads from each to where it is now.
-      density: whether to draw, instead of a dot for each sample, how many there are at each place: the more,
-        the less transparent, in the mean of their classes' colors. By default above 20,000 samples.
+      previous: earlier centers, in the form of `params`: an arrow is drawn from each to its center now.
+      density: whether to draw an image of the density instead of a dot per sample: the denser, the less
+        transparent, in the mean color of the samples. By default for more than 20,000 samples.
       ax: the Matplotlib axes to draw on, those of a new figure by default.
 
     Returns:
@@ -65,25 +65,29 @@ def plot(
       Wen, Zhang, Li, Qiao, *A Discriminative Feature Learning Approach for Deep Face Recognition*, ECCV 2016,
       figures 2 and 3.
     """
-    centers = _checks.table(params)
+    centers = _checks.as_table(params)
     if centers.shape[1] != 2:
         raise ValueError(
             f"plot draws features of two dimensions, got {centers.shape[1]}. Project features and centers "
             "first, for example with sklearn.decomposition.PCA(2)."
         )
-    then = None if previous is None else np.asarray(_checks.previous(params, previous, centers), np.float64)
-    x, labels, used, _ = _batch.batch(x, labels, where, None, centers)
-    # NumPy from here on: a picture is made on the host, wherever the arrays lie.
+    then = (
+        None
+        if previous is None
+        else np.asarray(_checks.as_previous_table(params, previous, centers), np.float64)
+    )
+    x, labels, used, _ = _batch.as_batch(x, labels, where, None, centers)
+    # NumPy from here on, since a picture is drawn on the host.
     table, points = np.asarray(centers, np.float64), np.asarray(x, np.float64).reshape(-1, 2)
     drawn = np.asarray(used).ravel() & np.isfinite(points).all(-1)
     points, classes = points[drawn], np.asarray(labels).ravel()[drawn]
     seen = np.unique(classes)
-    # A class has one color in all pictures of a table, if its classes are few; else one among those drawn.
-    colored = np.arange(len(table)) if len(table) <= _NAMED else seen
+    # If the table has few classes, a class has the same color in every picture.
+    colored = np.arange(len(table)) if len(table) <= _LEGEND_CLASSES else seen
 
     ax = _new_axes() if ax is None else ax
     colors = _colors(len(colored))
-    if len(points) > _MANY if density is None else density:
+    if len(points) > _MOST_DOTS if density is None else density:
         _draw_density(ax, points, colors[np.searchsorted(colored, classes)])
     else:
         size = float(np.clip(16 * 1000 / max(len(points), 1), 2, 16))
@@ -99,7 +103,7 @@ def plot(
     ax.set(xlabel="feature 1", ylabel="feature 2")
     ax.set_aspect("equal", adjustable="datalim")
     ax.autoscale_view()
-    if 0 < len(seen) <= _NAMED:
+    if 0 < len(seen) <= _LEGEND_CLASSES:
         handles = [
             ax.scatter([], [], s=30, color=color, label=str(j)) for j, color in zip(seen, own, strict=True)
         ]
@@ -116,29 +120,29 @@ def _new_axes() -> "Axes":
 
 
 def _colors(count: int) -> np.ndarray:
-    """So many colors, `(count, 4)`: those made to be told apart while they last, then hues."""
+    """`(count, 4)` colors: Matplotlib's qualitative ones if there are enough, else hues."""
     from matplotlib import colormaps
 
-    if count <= _NAMED:
+    if count <= _LEGEND_CLASSES:
         return np.asarray(colormaps["tab10" if count <= 10 else "tab20"](np.arange(count)))
-    # Neighbors get hues far apart: steps of the golden ratio don't come back soon.
+    # Steps of the golden ratio give neighbors hues that are far apart.
     return np.asarray(colormaps["hsv"](np.arange(count) * 0.618034 % 1))
 
 
 def _draw_density(ax: "Axes", points: np.ndarray, colors: np.ndarray) -> None:
-    """An image of the mean color at each place. Its cost does not depend on the number of classes."""
+    """An image of mean colors, at a cost that does not depend on the number of classes."""
     if not len(points):
         return
     low, high = points.min(0), points.max(0)
     middle, reach = (low + high) / 2, max(0.52 * float((high - low).max()), 1e-6)
     left, bottom = (middle - reach).tolist()
     right, top = (middle + reach).tolist()
-    # Square places: both axes have one scale.
+    # The bins are square, since both axes have the same scale.
     column, row = np.clip((points - (left, bottom)) / (2 * reach) * _BINS, 0, _BINS - 1).astype(int).T
     image = np.zeros((_BINS, _BINS, 4))
     np.add.at(image, (row, column), np.append(colors[:, :3], np.ones((len(points), 1)), axis=1))
     count = image[..., 3]
     image[..., :3] /= np.maximum(count, 1)[..., None]
-    # By the logarithm, or the tips of petals vanish beside their crowded middle.
+    # On a logarithmic scale, since on a linear one the sparse tips of the petals would vanish.
     image[..., 3] = np.where(count > 0, 0.15 + 0.85 * np.log1p(count) / np.log1p(count.max()), 0)
     ax.imshow(image, extent=(left, right, bottom, top), origin="lower", interpolation="nearest")

@@ -1,4 +1,4 @@
-"""Stochastic rounding: a table in half precision moves by its exact steps, on average."""
+"""Stochastic rounding: on average, rows in half precision move by their exact steps."""
 
 from functools import partial
 from typing import Any
@@ -13,8 +13,8 @@ from jax_centerloss import _groups
 
 
 def seed_of(rounding_key: jax.Array | None, *tables: Any) -> jax.Array | None:
-    """Two random words, from which the bits of each number are made, if any of the tables needs them."""
-    if rounding_key is None or not any(is_narrow(leaf.dtype) for leaf in jax.tree.leaves(tables)):
+    """Two random words, or None if there is no key or no table in half precision."""
+    if rounding_key is None or not any(is_half(leaf.dtype) for leaf in jax.tree.leaves(tables)):
         return None
     return jax.random.bits(rounding_key, (2,), jnp.uint32)
 
@@ -22,75 +22,73 @@ def seed_of(rounding_key: jax.Array | None, *tables: Any) -> jax.Array | None:
 def round_rows(
     rows: jax.Array, classes: jax.Array, dtype: DTypeLike, seed: jax.Array | None, table: int = 0
 ) -> jax.Array:
-    """`rows (S, ...)` in `dtype`: rounded to nearest, or stochastically if there is a seed.
+    """Casts `rows (S, ...)` of `classes (S,)` to `dtype`, stochastically if there is a seed.
 
-    The bits of a number follow from the seed, its class, its place in the row and the number of the table,
-    so they are the same on every platform, in every order of the batch and however classes are sharded.
+    The random bits of a number are a function of the seed, the class, the column and the number of the table.
+    So they are the same on every platform, in every order of the batch and for every sharding.
     """
-    if seed is None or not is_narrow(dtype) or not jnp.issubdtype(rows.dtype, jnp.floating):
+    if seed is None or not is_half(dtype) or not jnp.issubdtype(rows.dtype, jnp.floating):
         return rows.astype(dtype)
     flat = rows.reshape(rows.shape[0], -1).astype(jnp.float32)
-    words = _hash_words(seed + np.uint32(table), classes, flat.shape[1])
-    return _round(flat, words, jnp.dtype(dtype)).reshape(rows.shape)
+    words = _random_words(seed + np.uint32(table), classes, flat.shape[1])
+    return _round_stochastically(flat, words, jnp.dtype(dtype)).reshape(rows.shape)
 
 
-def is_narrow(dtype: DTypeLike) -> bool:
-    """Whether stochastic rounding is for it: float32 has digits enough for every step."""
+def is_half(dtype: DTypeLike) -> bool:
+    """Whether it is a float of fewer than 32 bits."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
 
 
-def _hash_words(seed: jax.Array, classes: jax.Array, number: int) -> jax.Array:
-    """A random word `(S, number)` for each number of each row.
+def _random_words(seed: jax.Array, classes: jax.Array, columns: int) -> jax.Array:
+    """`(S, columns)` random words: a hash of seed, class and column.
 
-    `jax.random.bits` is a generator for all purposes, and on a CPU takes more than twice as long as the step
-    that it would round. Rounding needs bits that are uniform and show no pattern between rows, columns and
-    seeds, which a hash of these three gives.
+    Rounding needs words that are uniform and show no pattern along rows, columns and seeds. On a CPU
+    `jax.random.bits`, which promises more, takes over twice as long as the step whose result it would round.
     """
     rows = _mix(seed[0] + classes.astype(jnp.uint32) * np.uint32(0x9E3779B9))
-    columns = jnp.arange(number, dtype=jnp.uint32) * np.uint32(0x85157AF5)
-    return _mix((rows + seed[1])[:, None] + columns[None])
+    offsets = jnp.arange(columns, dtype=jnp.uint32) * np.uint32(0x85157AF5)
+    return _mix((rows + seed[1])[:, None] + offsets[None])
 
 
 def _mix(word: jax.Array) -> jax.Array:
-    """The finalizer of MurmurHash3: each bit of the result depends on every bit of the word."""
+    """The finalizer of MurmurHash3: each bit of the result depends on every bit of `word`."""
     word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
     return word ^ (word >> 16)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _round(x: jax.Array, words: jax.Array, dtype: Any) -> jax.Array:
-    """float32 `x` rounded to one of its two neighbours in `dtype`, by chance the nearer one more often.
+def _round_stochastically(x: jax.Array, words: jax.Array, dtype: Any) -> jax.Array:
+    """Rounds float32 `x` to one of its two neighbours in `dtype`, so that the mean of the result is `x`.
 
-    With `u` uniform in [0, 1), from the random words, a magnitude of `q` units in the last place becomes
-    `floor(q + u)` of them, whose mean is `q`. The units are counted in integers, where nothing is rounded.
+    With `u` uniform in [0, 1), a magnitude of `q` units in the last place is rounded to `floor(q + u)`, whose
+    mean is `q`. `q` and `u` are integers here, in fractions of a unit, so that `q + u` is exact.
     """
-    info, wide = jnp.finfo(dtype), jnp.finfo(jnp.float32)
-    x = _groups.by_platform(_computed_once, x)
-    extra = wide.nmant - info.nmant  # Bits of the fraction that `dtype` does not keep.
+    half, single = jnp.finfo(dtype), jnp.finfo(jnp.float32)
+    x = _groups.call_for_platform(_barrier_on_cpu, x)
+    dropped = single.nmant - half.nmant  # Bits of the significand that `dtype` does not hold.
     bits = lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)
-    up = ((bits + (words >> (32 - extra))) >> extra) << extra
-    # The largest number stays finite, and what is beyond it, an infinity or NaN stays as it is.
-    largest = np.asarray(info.max, np.float32).view(np.uint32)
-    up = jnp.minimum(up, largest)
-    rounded = lax.bitcast_convert_type(up, jnp.float32)
-    if info.smallest_normal > wide.smallest_normal:
-        # The subnormal numbers of `dtype` are evenly spaced.
-        spare = 31 - info.nmant
-        units = (jnp.abs(x) * np.float32(2.0**31 / float(info.smallest_normal))).astype(jnp.uint32)
-        small = ((units + (words >> (32 - spare))) >> spare).astype(jnp.float32)
-        small = small * np.float32(info.smallest_subnormal)
-        rounded = jnp.where(jnp.abs(x) < np.float32(info.smallest_normal), small, rounded)
-    overflows = bits >= largest + np.uint32(1 << extra)
+    up = ((bits + (words >> (32 - dropped))) >> dropped) << dropped
+    largest = np.asarray(half.max, np.float32).view(np.uint32)
+    rounded = lax.bitcast_convert_type(jnp.minimum(up, largest), jnp.float32)
+    if half.smallest_normal > single.smallest_normal:
+        # float16 is subnormal where float32 is not. Subnormal numbers are evenly spaced.
+        fraction = 31 - half.nmant
+        units = (jnp.abs(x) * np.float32(2.0**31 / float(half.smallest_normal))).astype(jnp.uint32)
+        small = ((units + (words >> (32 - fraction))) >> fraction).astype(jnp.float32)
+        small = small * np.float32(half.smallest_subnormal)
+        rounded = jnp.where(jnp.abs(x) < np.float32(half.smallest_normal), small, rounded)
+    # What a cast would make infinite, infinity and NaN are left to the cast.
+    overflows = bits >= largest + np.uint32(1 << dropped)
     return jnp.where(overflows, x, jnp.copysign(rounded, x)).astype(dtype)
 
 
-def _computed_once(x: jax.Array, *, platform: str) -> jax.Array:
-    # Else XLA fuses it into each of its uses, and a CPU computes it several times.
+def _barrier_on_cpu(x: jax.Array, *, platform: str) -> jax.Array:
+    """XLA on CPUs would fuse what makes `x` into each of its uses, and compute it several times."""
     return lax.optimization_barrier(x) if platform == "cpu" else x
 
 
-@_round.defjvp
+@_round_stochastically.defjvp
 def _round_jvp(dtype: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """That of the mean: bits alone have no derivative."""
-    return _round(*primals, dtype), tangents[0].astype(dtype)
+    """The derivative of the mean, which is the identity."""
+    return _round_stochastically(*primals, dtype), tangents[0].astype(dtype)

@@ -1,4 +1,4 @@
-"""One step of an optax transformation on some rows of the table."""
+"""A step of an optax transformation on some rows of the class table."""
 
 import itertools
 from collections.abc import Callable
@@ -13,68 +13,85 @@ from jax.typing import DTypeLike
 from jax_centerloss import _table
 
 
-def init(tx: optax.GradientTransformation, centers: jax.Array, state_dtype: DTypeLike | None = None) -> Any:
-    # In the precision of the sums: some transformations insist on one dtype from their first step on.
+def init_state(
+    tx: optax.GradientTransformation, centers: jax.Array, state_dtype: DTypeLike | None = None
+) -> Any:
+    """The state of `tx`, with tables in the compute dtype or in `state_dtype`."""
+    # Some transformations raise if the dtype of their state changes in the first step.
     state = tx.init({"centers": centers.astype(_table.compute_dtype(centers))})
-    return state if state_dtype is None else map_rows(tx, partial(_cast, dtype=state_dtype), state)
+    return state if state_dtype is None else map_tables(tx, partial(_cast_floats, dtype=state_dtype), state)
 
 
-def step(
+def compute_steps(
     tx: optax.GradientTransformation,
     centers: jax.Array,
     state: Any,
     classes: jax.Array,
-    direction: jax.Array,
+    gradient: jax.Array,
     seed: jax.Array | None = None,
     state_dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, Any]:
-    """What `tx` adds to the rows of `classes`, by `direction` as their gradient, and its new state."""
+    """The updates of `tx` for the rows of `classes`, from their `gradient`, and its new state."""
     dtype = _table.compute_dtype(centers)
-    rows = _table.rows_of(centers, classes).astype(dtype)
-    row_state = map_rows(tx, lambda leaf: _table.rows_of(leaf, classes), state)
+    rows = _table.gather_class_rows(centers, classes).astype(dtype)
+    row_state = map_tables(tx, lambda table: _table.gather_class_rows(table, classes), state)
     if state_dtype is not None:
-        row_state = map_rows(tx, partial(_cast, dtype=dtype), row_state)
-    steps, new_state = tx.update({"centers": direction.astype(dtype)}, row_state, {"centers": rows})
+        row_state = map_tables(tx, partial(_cast_floats, dtype=dtype), row_state)
+    steps, new_state = tx.update({"centers": gradient.astype(dtype)}, row_state, {"centers": rows})
 
-    numbers = itertools.count(1)  # Of the tables: that of the centers is 0.
+    table_numbers = itertools.count(1)  # For the rounding; the table of centers has number 0.
 
-    def write(new: jax.Array, read: jax.Array, old: jax.Array) -> jax.Array:
-        # After its read: else a table whose new rows do not depend on its old ones, as where the last
-        # gradient is kept, would be copied.
-        done = _table.always(read.reshape(-1)[:1])
-        return _table.write_rows(old, jnp.where(done, classes, centers.shape[0]), new, seed, next(numbers))
+    def write(new_rows: jax.Array, old_rows: jax.Array, table: jax.Array) -> jax.Array:
+        # The write waits for the read. Where new rows do not depend on old ones, as for a state that keeps
+        # the last gradient, XLA could write first, and would copy the table.
+        was_read = _table.true_after(old_rows.reshape(-1)[:1])
+        at = jnp.where(was_read, classes, centers.shape[0])
+        return _table.set_rows(table, at, new_rows, seed, next(table_numbers))
 
-    return steps["centers"], map_rows(tx, write, new_state, row_state, state)
+    return steps["centers"], map_tables(tx, write, new_state, row_state, state)
 
 
-def move(
+def move_rows(
     tx: optax.GradientTransformation,
     centers: jax.Array,
     state: Any,
     classes: jax.Array,
-    direction: jax.Array,
+    gradient: jax.Array,
     seed: jax.Array | None,
     state_dtype: DTypeLike | None,
 ) -> tuple[jax.Array, Any]:
-    """The centers after that step, and the new state."""
-    steps, state = step(tx, centers, state, classes, direction, seed, state_dtype)
-    return _table.add_rows(centers, classes, steps, seed), state
+    """The centers after the step, and the new state."""
+    steps, state = compute_steps(tx, centers, state, classes, gradient, seed, state_dtype)
+    return _table.add_to_rows(centers, classes, steps, seed), state
 
 
-def _cast(leaf: jax.Array, dtype: DTypeLike) -> jax.Array:
+def _cast_floats(leaf: jax.Array, dtype: DTypeLike) -> jax.Array:
     return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
-def tables_from(tx: optax.GradientTransformation, state: Any, other: Any) -> Any:
-    """`state`, but with what is kept for each row from the `other` one."""
-    return map_rows(tx, lambda _, table: table, state, other)
+def with_tables_of(tx: optax.GradientTransformation, state: Any, other: Any) -> Any:
+    """`state` with the tables of `other`."""
+    return map_tables(tx, lambda _, table: table, state, other)
 
 
-def map_rows(tx: optax.GradientTransformation, function: Callable[..., Any], state: Any, *others: Any) -> Any:
-    """`function` on the leaves of an optimizer's state that hold something for each row."""
-    by_row = optax.tree_utils.tree_map_params(
+def tables_of(tx: optax.GradientTransformation, state: Any) -> list[jax.Array]:
+    """The leaves of an optimizer's state that have an entry for each row of the centers."""
+    marks, leaves = jax.tree.leaves(_is_table(tx, state)), jax.tree.leaves(state)
+    return [leaf for is_table, leaf in zip(marks, leaves, strict=True) if is_table]
+
+
+def map_tables(
+    tx: optax.GradientTransformation, function: Callable[..., Any], state: Any, *others: Any
+) -> Any:
+    """`state` with `function` applied to its tables; all other leaves stay."""
+
+    def apply(is_table: bool, leaf: Any, *rest: Any) -> Any:
+        return function(leaf, *rest) if is_table else leaf
+
+    return jax.tree.map(apply, _is_table(tx, state), state, *others)
+
+
+def _is_table(tx: optax.GradientTransformation, state: Any) -> Any:
+    return optax.tree_utils.tree_map_params(
         tx, lambda leaf: jnp.ndim(leaf) > 0, state, transform_non_params=lambda leaf: False
-    )
-    return jax.tree.map(
-        lambda rows, leaf, *rest: function(leaf, *rest) if rows else leaf, by_row, state, *others
     )

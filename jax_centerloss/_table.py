@@ -18,146 +18,161 @@ AxisName = Hashable | None
 
 
 def compute_dtype(*arrays: jax.Array) -> Any:
-    """float32, or float64 where an operand has it: half precision is never summed or counted in."""
+    """float32, or float64 if an operand has it: sums and counts are never in half precision."""
     return jnp.float64 if any(a.dtype == jnp.float64 for a in arrays) else jnp.float32
 
 
-def read_rows(centers: jax.Array, labels: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A row for each sample, placed as `x` is, and where the label names a class at all: elsewhere it is any.
+def gather_own_rows(centers: jax.Array, labels: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The center of each sample's class, sharded as `x` is, and whether the label is in `[0, C)`.
 
-    Reads by `labels` alone, in one form, so that every read of one step is the same read; masks come after.
-    The rows are in the dtype that is computed in, so that their derivatives are summed in it too.
+    The row of a label out of range is arbitrary. The gather depends on the labels only and masks are applied
+    to its result, so that loss and update issue the same gather and XLA runs it once. Rows are in the
+    compute dtype, and so are their cotangents when these are summed by class.
     """
-    if not labels.ndim:  # JAX does not read a single row of a table that is split over Explicit axes.
-        rows, known = read_rows(centers, labels[None], x[None])
-        return rows[0], known[0]
+    if not labels.ndim:  # JAX can't gather a single row of a table that is sharded over Explicit axes.
+        rows, in_range = gather_own_rows(centers, labels[None], x[None])
+        return rows[0], in_range[0]
     num_classes = centers.shape[0]
-    known = (labels >= 0) & (labels < num_classes)
-    return _rows_at(centers, jnp.clip(labels, 0, num_classes - 1), x), known
+    in_range = (labels >= 0) & (labels < num_classes)
+    return _gather(centers, jnp.clip(labels, 0, num_classes - 1), x), in_range
 
 
 @jax.custom_jvp
-def _rows_at(centers: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
+def _gather(centers: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
     rows = centers.at[index].get(mode="promise_in_bounds", out_sharding=_placement.sharding_of(x, centers))
     return rows.astype(compute_dtype(x, centers))
 
 
-@partial(_rows_at.defjvp, symbolic_zeros=True)
-def _rows_at_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """The same read, but of a batch that is whole on every device: its transpose then is no sum of tables."""
+@partial(_gather.defjvp, symbolic_zeros=True)
+def _gather_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Gathers rows of the tangent, in a form whose transpose scatters into a single table.
+
+    The index is replicated: the transpose of a gather at a sharded index scatters into one table per shard.
+    """
     centers, index, x = primals
-    rows = _rows_at(centers, index, x)
-    if isinstance(tangents[0], SymbolicZero):  # Not made into a table of zeros.
+    rows = _gather(centers, index, x)
+    if isinstance(tangents[0], SymbolicZero):  # A table of zeros is never made.
         return rows, jnp.zeros_like(rows)
     mesh = _placement.mesh_of(centers, index, x)
-    index = _placement.whole(mesh, index)
-    # In this dtype before the read: so is its transpose then, a sum over samples.
+    index = _placement.replicate(index, mesh)
+    # The cast comes before the gather, so that the transpose sums over samples before it casts back.
     tangent = tangents[0].astype(rows.dtype)
     if mesh is not None and jax.__version_info__ < (0, 10):
-        # Of a choice by platform JAX 0.7 takes no gradient on Explicit axes: they get the default one's.
-        moved = _tangent_rows(tangent, index, platform=jax.default_backend())
+        # JAX 0.7 can't differentiate `lax.platform_dependent` on Explicit axes.
+        gathered = _gather_tangent(tangent, index, platform=jax.default_backend())
     else:
-        moved = _groups.by_platform(_tangent_rows, tangent, index)
-    (moved,) = jax.linear_transpose(partial(_placement.whole, mesh), rows)(moved)
-    return rows, moved
+        gathered = _groups.call_for_platform(_gather_tangent, tangent, index)
+    # The transpose of `replicate`: its own transpose, in the backward pass, replicates the cotangents.
+    (gathered,) = jax.linear_transpose(partial(_placement.replicate, mesh=mesh), rows)(gathered)
+    return rows, gathered
 
 
-def _tangent_rows(tangent: jax.Array, index: jax.Array, *, platform: str) -> jax.Array:
-    """`tangent[index]`, the transpose of which sums by class in the way of the platform."""
-    placed = _placement.sharding_of(index[..., None], tangent)
+def _gather_tangent(tangent: jax.Array, index: jax.Array, *, platform: str) -> jax.Array:
+    """`tangent[index]`, the transpose of which sums by class as is fast on `platform`."""
+    out_sharding = _placement.sharding_of(index[..., None], tangent)
     if platform != "gpu":
-        return tangent.at[index].get(mode="promise_in_bounds", out_sharding=placed)
+        return tangent.at[index].get(mode="promise_in_bounds", out_sharding=out_sharding)
     flat = index.reshape(-1)
-    groups = _groups.group(flat, jnp.ones_like(flat, jnp.bool_), tangent.shape[0], platform)
-    rows = tangent.at[_once(tangent, groups.classes)].get(
+    groups = _groups.group_by_class(flat, jnp.ones_like(flat, jnp.bool_), tangent.shape[0], platform)
+    rows = tangent.at[_unique_indices(tangent, groups.classes)].get(
         mode="fill",
         fill_value=0,
         unique_indices=True,
         out_sharding=_placement.sharding_of(flat[..., None], tangent),
     )
-    # Each group's row given to all of its samples: what sums them, backwards.
-    like = jnp.broadcast_to(flat[:, None], (flat.size, tangent.shape[1])).astype(tangent.dtype)
-    (rows,) = jax.linear_transpose(groups.sum, like)(rows)
-    spread: jax.Array = rows.reshape(*index.shape, tangent.shape[1])
-    return spread
+    # The transpose of the sum by class gives the row of each class to all of its samples.
+    per_sample = jnp.broadcast_to(flat[:, None], (flat.size, tangent.shape[1])).astype(tangent.dtype)
+    (rows,) = jax.linear_transpose(groups.sum, per_sample)(rows)
+    gathered: jax.Array = rows.reshape(*index.shape, tangent.shape[1])
+    return gathered
 
 
-def sample(centers: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
-    """At most `number` classes, all if there are no more and else evenly over the table, and their rows."""
+def evenly_spaced_rows(centers: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """At most `most` classes, evenly spaced over the table, and their centers."""
     last = centers.shape[0] - 1
-    classes = jnp.asarray(np.linspace(0, last, min(last + 1, number)).round(), jnp.int32)
-    return classes, rows_of(centers, classes)
+    classes = jnp.asarray(np.linspace(0, last, min(last + 1, most)).round(), jnp.int32)
+    return classes, gather_class_rows(centers, classes)
 
 
-def gather_batch(
+def flatten_and_replicate(
     axis_name: AxisName, mesh: AbstractMesh | None, labels: jax.Array, used: jax.Array, *values: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """The whole batch on every device, with the axes of the labels, and the mapped one, made one."""
+    """The whole batch on every device, the axes of the labels and the mapped axis flattened into one."""
     arrays, ndim = (labels, used, *values), labels.ndim
     if axis_name is not None:
-        arrays, ndim = tuple(_over_axis(axis_name, a) for a in arrays), ndim + 1
-    labels, used, *rest = (a.reshape(-1, *a.shape[ndim:]) for a in arrays)
-    if mesh is not None:  # Else the sums of the values come out whole, as long as the labels are.
-        rest = [_placement.whole(mesh, a) for a in rest]
-    return _placement.whole(mesh, labels), _placement.whole(mesh, used), *rest
+        arrays, ndim = tuple(_all_gather(a, axis_name) for a in arrays), ndim + 1
+    labels, used, *values_ = (a.reshape(-1, *a.shape[ndim:]) for a in arrays)
+    if mesh is not None:
+        # Without a known mesh the values stay sharded: they are only scattered at the labels, and a scatter
+        # at replicated indices has a replicated result.
+        values_ = [_placement.replicate(a, mesh) for a in values_]
+    return _placement.replicate(labels, mesh), _placement.replicate(used, mesh), *values_
 
 
-def _over_axis(axis_name: AxisName, a: jax.Array) -> jax.Array:
-    # A sum of disjoint parts rather than all_gather: its result is known to be the same on every
-    # device, which shard_map asks of centers that leave it replicated.
-    parts = jnp.zeros((lax.psum(1, axis_name), *a.shape), jnp.int32 if a.dtype == jnp.bool_ else a.dtype)
-    total: jax.Array = lax.psum(parts.at[lax.axis_index(axis_name)].set(a.astype(parts.dtype)), axis_name)
-    return total.astype(a.dtype)
+def _all_gather(a: jax.Array, axis_name: AxisName) -> jax.Array:
+    """`lax.all_gather` as a `psum` of disjoint parts.
+
+    The result of a `psum` is known to be replicated, which `shard_map` asks of centers whose `out_specs` do
+    not name the axis. That of `lax.all_gather` is not.
+    """
+    dtype = jnp.int32 if a.dtype == jnp.bool_ else a.dtype
+    parts = jnp.zeros((lax.psum(1, axis_name), *a.shape), dtype)
+    gathered: jax.Array = lax.psum(parts.at[lax.axis_index(axis_name)].set(a.astype(dtype)), axis_name)
+    return gathered.astype(a.dtype)
 
 
-def rows_of(table: ArrayLike, classes: jax.Array) -> jax.Array:
-    """The rows of `classes`, zero for one that is not in the table. For a read that the write depends on."""
-    table = jnp.asarray(table)
-    rows = table.at[jnp.clip(classes, 0, table.shape[0] - 1)].get(mode="promise_in_bounds")
-    there = (classes < table.shape[0]).reshape(-1, *(1,) * (rows.ndim - 1))
-    return jnp.where(there, rows, jnp.zeros((), rows.dtype))
+def gather_class_rows(table: ArrayLike, classes: jax.Array) -> jax.Array:
+    """The rows of `classes`, which are not negative; zeros for a class `>= C`."""
+    rows: jax.Array = jnp.asarray(table).at[classes].get(mode="fill", fill_value=0)
+    return rows
 
 
-def add_rows(
+def add_to_rows(
     table: jax.Array, classes: jax.Array, steps: jax.Array, seed: jax.Array | None = None
 ) -> jax.Array:
-    """`table` with `steps` added to the rows of `classes`, each of which stands there once."""
+    """`table` with `steps` added to the rows of `classes`. No class stands there twice."""
     if table.dtype == steps.dtype:
-        return table.at[_once(table, classes)].add(steps, mode="drop", unique_indices=True)
-    # Added in the precision of the steps, and rounded once.
-    return write_rows(table, classes, rows_of(table, classes).astype(steps.dtype) + steps, seed)
+        return table.at[_unique_indices(table, classes)].add(steps, mode="drop", unique_indices=True)
+    # Rows in half precision are added to in the dtype of the steps, and rounded once.
+    return set_rows(table, classes, gather_class_rows(table, classes).astype(steps.dtype) + steps, seed)
 
 
-def write_rows(
+def set_rows(
     table: ArrayLike, classes: jax.Array, rows: jax.Array, seed: jax.Array | None = None, number: int = 0
 ) -> jax.Array:
-    """`table` with `rows` at `classes`, each of which stands there once; one not in the table is dropped.
+    """`table` with `rows` written at `classes`. No class stands there twice, and one `>= C` is dropped.
 
-    With a seed, rows in half precision are rounded stochastically. Tables of one seed differ in `number`.
+    With a seed, rows in half precision are rounded stochastically. Several tables that are written with one
+    seed have different numbers.
     """
     table = jnp.asarray(table)
     rows = _rounding.round_rows(rows, classes, table.dtype, seed, number)
-    return table.at[_once(table, classes)].set(rows, mode="drop", unique_indices=True)
+    return table.at[_unique_indices(table, classes)].set(rows, mode="drop", unique_indices=True)
 
 
-def _once(table: jax.Array, classes: jax.Array) -> jax.Array:
-    """`classes` with another index beyond the table for each that is not in it: GPUs then need no atomics."""
-    number = table.shape[0] + classes.shape[0]
-    if isinstance(number, int) and number > 2**31:
-        raise ValueError(f"classes and samples have to be at most 2**31 together, got {number:,}.")
+def _unique_indices(table: jax.Array, classes: jax.Array) -> jax.Array:
+    """`classes`, where each one that is not in the table becomes another index beyond its end.
+
+    XLA can then be promised unique indices, for which GPUs need no atomic operations.
+    """
+    end = table.shape[0] + classes.shape[0]
+    if isinstance(end, int) and end > 2**31:
+        raise ValueError(f"classes and samples have to be at most 2**31 together, got {end:,}.")
     beyond = table.shape[0] + jnp.arange(classes.shape[0], dtype=jnp.int32)
     return jnp.where(classes < table.shape[0], classes, beyond)
 
 
-def always(after: Any, axis_name: AxisName = None) -> jax.Array:
-    """True, but only known once every leaf of `after` has been computed, on every device of the mapped axis.
+def true_after(tree: Any, axis_name: AxisName = None) -> jax.Array:
+    """True, computed from every leaf of `tree`, so that what uses it runs after them.
 
-    XLA drops an optimization barrier before it orders reads and writes; a value that it can't fold stays.
+    XLA removes an optimization barrier before it orders reads and writes (jax issue 25399); a value that it
+    can't fold stays. Under a mapped axis the leaves of all devices are awaited: `shard_map` has to know that
+    the result is the same on each.
     """
     true = jnp.ones((), jnp.bool_)
-    for leaf in jax.tree.leaves(after):
+    for leaf in jax.tree.leaves(tree):
         total = jnp.sum(jnp.asarray(leaf).astype(jnp.float32))
-        if axis_name is not None:  # Else shard_map would not know that the centers stay the same everywhere.
+        if axis_name is not None:
             total = lax.psum(total, axis_name)
         true = true & (jnp.isnan(total) | (total == total))
     return true

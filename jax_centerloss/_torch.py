@@ -1,7 +1,6 @@
-"""Centers from and to PyTorch."""
+"""Centers from PyTorch and to PyTorch."""
 
 import os
-import pickle  # For the error that PyTorch's safe loader raises; nothing is unpickled here.
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from jax_centerloss import _checks
 
-_SHOWN = 50  # Tensors that an error lists.
+_LISTED = 50  # Tensors, at most, that an error lists.
 
 Source = Mapping[str, Any] | str | os.PathLike[str]
 
@@ -21,22 +20,22 @@ def from_torch(source: Source | Any, *, key: str = "centers") -> dict[str, jax.A
     """Centers from a PyTorch state dict, checkpoint, parameter or tensor.
 
     Args:
-      source: a mapping such as `module.state_dict()`, of tensors or arrays; a tensor; or the path of a file
-        that holds one of them. A file whose name ends in `.safetensors` is read by the safetensors library,
-        any other, whatever its ending, by `torch.load(..., weights_only=True)`, which needs torch.
-      key: the name of the centers, `"center_loss.centers"` for a submodule, say. It leads into nested
-        checkpoints, too: `"state_dict.center_loss.centers"`. Of a bare tensor it is not asked.
+      source: a mapping of tensors or arrays, such as `module.state_dict()`; a tensor; or the path of a file
+        that holds one of these. A file whose name ends in `.safetensors` is read by the safetensors library,
+        and a file of any other name by `torch.load(..., weights_only=True)`, which needs torch.
+      key: the name of the centers, such as `"center_loss.centers"` in a submodule, or in a nested checkpoint
+        `"state_dict.center_loss.centers"`. It is not used for a bare tensor.
 
     Returns:
       `{"centers": array}`, a copy of shape `(C, D)` in the tensor's dtype (float64 becomes float32 unless
       `jax_enable_x64` is on).
 
     Raises:
-      KeyError: if `key` is not there; the message lists what is.
+      KeyError: if there is no `key`; the message lists the names.
       ValueError: if the tensor is not a `(C, D)` table, or the file can't be read: it is broken, or holds
-        more than tensors and plain containers, as a module does that was saved as a whole.
-      TypeError: if the tensor is not floating point, or `source` is nothing of the kind.
-      ImportError: if torch or safetensors is needed and not there.
+        more than tensors and plain containers, as the file of a whole module does.
+      TypeError: if the tensor is not floating point, or `source` has another type.
+      ImportError: if torch or safetensors is needed and not installed.
 
     Example:
       >>> import numpy as np, jax_centerloss
@@ -47,13 +46,13 @@ def from_torch(source: Source | Any, *, key: str = "centers") -> dict[str, jax.A
     if isinstance(source, str | os.PathLike):
         source = _load(os.fspath(source), key)
     if isinstance(source, Mapping):
-        tensors = _tensors(source)
-        held = f"; the state dict holds: {_listed(tensors)}."
+        tensors = _flatten(source)
+        held = f"; the state dict holds: {_list_tensors(tensors)}."
         if key not in tensors:
             alike = [name for name in tensors if name.split(".")[-1] == key.split(".")[-1]]
             advice = f", perhaps `key={alike[0]!r}`" if alike else ""
             raise KeyError(
-                f"no {key!r} in the state dict, which holds: {_listed(tensors)}. Name the centers with "
+                f"no {key!r} in the state dict, which holds: {_list_tensors(tensors)}. Name the centers with "
                 f"`key=`{advice}."
             )
         name, tensor = repr(key), tensors[key]
@@ -63,7 +62,7 @@ def from_torch(source: Source | Any, *, key: str = "centers") -> dict[str, jax.A
             f", a mapping such as `module.state_dict()` or the path of a file, got {type(source).__name__}."
         )
     try:
-        array = _copied(tensor)
+        array = _copy(tensor)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor{held}") from error
     if array.ndim != 2 or 0 in array.shape:
@@ -94,19 +93,19 @@ def to_torch(params: Any) -> dict[str, Any]:
     """
     import torch
 
-    centers = _checks.table(params)
+    centers = _checks.as_table(params)
     array = np.array(centers.astype(jnp.float32) if centers.dtype == jnp.bfloat16 else centers)
     tensor = torch.from_numpy(array)
     return {"centers": tensor.bfloat16() if centers.dtype == jnp.bfloat16 else tensor}
 
 
 def _load(path: str, key: str) -> Any:
-    """What the file holds. Of safetensors only the tensor named `key` is read."""
-    os.stat(path)  # One that is not there raises as it does everywhere.
+    """The content of the file. Of a safetensors file only the tensor named `key` is read."""
+    os.stat(path)  # Raises FileNotFoundError.
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path!r} is a folder: pass the file in it that holds the centers.")
     if path.lower().endswith(".safetensors"):
-        return _safetensors(path, key)
+        return _load_safetensors(path, key)
     try:
         import torch
     except ImportError as error:
@@ -115,7 +114,11 @@ def _load(path: str, key: str) -> Any:
         ) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # The loader raises errors of many types over a broken file.
+        if "weights_only" not in str(error):
+            raise ValueError(
+                f"{path!r} can't be read: {type(error).__name__}: {_first_line(error)}"
+            ) from error
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"since it holds {found[1]}" if found else "since it is no pickle of tensors"
         raise ValueError(
@@ -124,11 +127,9 @@ def _load(path: str, key: str) -> Any:
             "other objects beside the tensors, and you trust it, pass what "
             "`torch.load(path, weights_only=False)` returns."
         ) from error
-    except (RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path!r} can't be read: {type(error).__name__}: {_first_line(error)}") from error
 
 
-def _safetensors(path: str, key: str) -> dict[str, Any]:
+def _load_safetensors(path: str, key: str) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -140,7 +141,7 @@ def _safetensors(path: str, key: str) -> dict[str, Any]:
 
 
 class _Unread:
-    """Shape and dtype of a tensor that was not read: it may be large, or of a dtype that NumPy has not."""
+    """Shape and dtype of a tensor that was not read: it may be large, or of a dtype unknown to NumPy."""
 
     def __init__(self, file: Any, name: str) -> None:
         part = file.get_slice(name)
@@ -151,33 +152,33 @@ def _first_line(error: Exception) -> str:
     return next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
 
 
-def _tensors(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What nested mappings hold, by dotted names."""
+def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings, by dotted names."""
     found: dict[str, Any] = {}
     for name, value in mapping.items():
         if isinstance(value, Mapping):
-            found |= _tensors(value, f"{prefix}{name}.")
+            found |= _flatten(value, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = value
     return found
 
 
-def _listed(tensors: dict[str, Any]) -> str:
-    listed = ", ".join(_described(name, value) for name, value in [*tensors.items()][:_SHOWN]) or "nothing"
-    return listed + (f" and {len(tensors) - _SHOWN} more" if len(tensors) > _SHOWN else "")
+def _list_tensors(tensors: dict[str, Any]) -> str:
+    listed = ", ".join(_describe(name, value) for name, value in [*tensors.items()][:_LISTED]) or "nothing"
+    return listed + (f" and {len(tensors) - _LISTED} more" if len(tensors) > _LISTED else "")
 
 
-def _described(name: str, value: Any) -> str:
+def _describe(name: str, value: Any) -> str:
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return f"{name} ({type(value).__name__})"
 
 
-def _copied(value: Any) -> np.ndarray[Any, Any]:
-    """The numbers of a tensor or array: a copy, since a module goes on to train in its own memory."""
+def _copy(value: Any) -> np.ndarray[Any, Any]:
+    """A tensor or array as a NumPy array of its own: a module may go on to train the tensor in place."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
-        # NumPy has no bfloat16 of its own, and torch refuses the conversion.
+        # torch can't convert bfloat16, which NumPy itself does not have.
         half = str(value.dtype) == "torch.bfloat16"
         return value.float().numpy().astype(jnp.bfloat16) if half else np.array(value.numpy())
     if not hasattr(value, "dtype"):

@@ -1,4 +1,4 @@
-"""How centers move by rule: no gradient through the model, no step scaled by the loss's weight."""
+"""Moves centers by rule, independent of the model's gradient and of the weight of the loss."""
 
 from functools import partial
 from typing import Any
@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jax_centerloss import _batch, _checks, _groups, _loss, _placement, _rounding, _table
+from jax_centerloss import _batch, _checks, _directions, _groups, _options, _placement, _rounding, _table
 from jax_centerloss._batch import Batch
-from jax_centerloss._checks import Clip, ReduceFn
-from jax_centerloss._pulls import Pulls, Samples, look, pull
+from jax_centerloss._directions import Directions, Samples
+from jax_centerloss._options import Clip, ReduceFn
 from jax_centerloss._table import AxisName
 
-RULES = ("paper", "gradient", "mean")
-AFTER = "Pass the loss, or a tree of what is computed from the centers."
+AFTER_ADVICE = "Pass the loss, or a tree of what is computed from the centers."
 
 
 def update_centers(
@@ -33,48 +32,48 @@ def update_centers(
 ) -> Any:
     """Moves the centers of the batch's classes towards their features.
 
-    The step never depends on the weight of the loss. With `n_j` used samples of class j among N used ones,
+    The step does not depend on the weight of the loss. With N used samples, `n_j` of them of class j,
 
       `"paper"`: `c_j - alpha * sum(c_j - x) / (1 + n_j)`, the paper's Eq. 4;
       `"gradient"`: `c_j - alpha * 2 * sum(c_j - x) / N`, plain gradient descent on `center_loss`, the mean
       with its default `clip`;
-      `"mean"`: `c_j - alpha * sum(c_j - x) / n_j`, alpha of the way to the class's mean in the batch, as a
-      moving average of class means goes.
+      `"mean"`: `c_j - alpha * sum(c_j - x) / n_j`, alpha of the way to the mean of the class in the batch: a
+      moving average of class means.
 
-    With `weights`, each sample counts as so many in the sums, in `n_j` and in N.
+    A sample of weight k counts as k samples in the sums, in `n_j` and in N.
 
-    Call it with the features of the step; `jax.lax.stop_gradient` is not needed. Under `jit`, donate the
+    Call it with the features of the step; they need no `jax.lax.stop_gradient`. Under `jit`, donate the
     centers so that they are written in place.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
       x: features `(..., D)`, floating point.
-      labels: integer classes `(...)`. Negative ones are ignored; one that is `>= C` raises where its value
-        is known and is left out under `jit`.
-      alpha: the rate of the centers, 0.5 in the paper; `schedule(step)`, say, for one that changes.
+      labels: integer classes `(...)`. Negative ones are ignored. A label `>= C` raises; under `jit`, where
+        its value is not known, it is ignored.
+      alpha: the rate of the centers, 0.5 in the paper; of a schedule, its value: `schedule(step)`.
       rule: `"paper"`, `"gradient"` or `"mean"`.
       where: boolean `(...)`, the samples to use; all by default.
-      weights: real numbers `(...)`, not negative, one for each sample: a weight of k counts as k samples, 0
-        as none. A negative one raises where its value is known; under `jit` it makes its center NaN.
-      axis_name: inside `shard_map`, `pmap` or `vmap`, the mapped axis (or axes) that the batch is spread
-        over: counts and sums are then over the whole batch.
-      after: a pytree, typically the loss, that is computed before the centers are written. Pass whatever
-        the same jitted program computes from the centers: XLA may put a read that is not in it behind the
-        write, on a copy of the whole table.
-      rounding_key: a PRNG key, another one for each step, that rounds moved rows of bfloat16 or float16
-        centers stochastically: on average a center then moves by its exact step. Without it, or with one key
-        for all steps, a step below half a unit in the last place is lost, and centers may stop short of
-        their features. float32 centers need none, and one changes nothing.
+      weights: real numbers `(...)`, not negative: a sample of weight k counts as k samples, of weight 0 as
+        none. A negative weight raises; under `jit` it makes the center of its class NaN.
+      axis_name: inside `shard_map`, `pmap` or `vmap`, the mapped axis (or axes) over which the batch is
+        split: counts and sums are then over the whole batch.
+      after: a pytree, typically the loss, that is computed before the centers are written. Pass everything
+        that the same jitted program computes from the centers. XLA may schedule other reads of the centers
+        after the write, and copies the whole table for them.
+      rounding_key: a PRNG key, another one in each step, by which moved rows of bfloat16 or float16 centers
+        are rounded stochastically, so that on average a center moves by its exact step. Without it, or with
+        the same key in all steps, steps below half a unit in the last place are lost, and centers may stop
+        short of their features. It changes nothing for float32 centers.
 
     Returns:
       Moved centers, in the tree structure and dtype of `params`. Rows of other classes keep their bits.
 
     Raises:
-      ValueError: on an unknown `rule`, a shape that does not fit, several keys, or a known label `>= C` or
-        negative weight.
+      ValueError: on an unknown `rule`, a shape that does not fit, several keys, or outside of `jit` a label
+        `>= C` or a negative weight.
       TypeError: on features or centers that are not floating point, labels that are not integers, a `where`
-        that is not boolean, an `alpha` that is a schedule, a `rounding_key` that is no key, or what is no
-        array at all.
+        that is not boolean, an `alpha` that is a schedule, a `rounding_key` that is no key, or an argument
+        that is no array.
 
     Example:
       >>> import jax.numpy as jnp, jax_centerloss
@@ -87,7 +86,7 @@ def update_centers(
       Wen et al, A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016
       (https://doi.org/10.1007/978-3-319-46478-7_31).
     """
-    return by_rule(
+    return update_by_rule(
         params,
         x,
         labels,
@@ -98,13 +97,13 @@ def update_centers(
         axis_name=axis_name,
         after=after,
         rounding_key=rounding_key,
-        clip=_loss.CLIP,
+        clip=_options.CLIP,
         reduce_fn=jnp.mean,
         differentiable=True,
     )
 
 
-def by_rule(
+def update_by_rule(
     params: Any,
     x: ArrayLike,
     labels: ArrayLike,
@@ -120,31 +119,24 @@ def by_rule(
     reduce_fn: ReduceFn,
     differentiable: bool = False,
 ) -> Any:
-    """`update_centers`, whose `"gradient"` is that of the loss with any `clip`, as a mean or as a sum."""
-    centers = _checks.table(params)
-    batch = _batch.batch(x, labels, where, weights, centers)
-    _checks.choice("rule", rule, RULES)
-    rate = _checks.scalar("alpha", alpha)
-    after = _checks.arrays("after", after, AFTER)
-    seed = _rounding.seed_of(_checks.key("rounding_key", rounding_key), centers)
+    """`update_centers`, where `"gradient"` is that of a loss with this `clip` and `reduce_fn`."""
+    centers = _checks.as_table(params)
+    batch = _batch.as_batch(x, labels, where, weights, centers)
+    _options.check_choice("rule", rule, _options.RULES)
+    rate = _checks.as_scalar("alpha", alpha)
+    after = _checks.as_arrays("after", after, AFTER_ADVICE)
+    seed = _rounding.seed_of(_checks.as_key("rounding_key", rounding_key), centers)
     if not differentiable:
         centers, batch, after = lax.stop_gradient((centers, batch, after))
-    moved = _moved(
-        centers,
-        batch,
-        rate,
-        after,
-        seed,
-        rule=rule,
-        axis_name=axis_name,
-        clip=_checks.clip_range(clip),
-        summed=reduce_fn is jnp.sum,
-    )
-    return jax.tree.unflatten(jax.tree.structure(params), [moved])
+    options = {"rule": rule, "clip": _options.as_clip(clip), "summed": reduce_fn is jnp.sum}
+    new_centers = _update(centers, batch, rate, after, seed, axis_name=axis_name, **options)
+    return jax.tree.unflatten(jax.tree.structure(params), [new_centers])
 
 
-@_placement.any_mesh(_placement.as_table, static_argnames=("rule", "axis_name", "clip", "summed"))
-def _moved(
+@_placement.jit_on_auto_axes(
+    _placement.centers_sharding, static_argnames=("rule", "axis_name", "clip", "summed")
+)
+def _update(
     centers: jax.Array,
     batch: Batch,
     alpha: jax.Array,
@@ -154,12 +146,13 @@ def _moved(
     axis_name: AxisName,
     **options: Any,
 ) -> jax.Array:
-    samples = look(centers, batch, after, axis_name)
-    moved: jax.Array = _groups.by_platform(partial(_move, **options), centers, samples, alpha, seed)
-    return moved
+    samples = _directions.compare_with_centers(centers, batch, after, axis_name)
+    update = partial(_update_on, **options)
+    new_centers: jax.Array = _groups.call_for_platform(update, centers, samples, alpha, seed)
+    return new_centers
 
 
-def _move(
+def _update_on(
     centers: jax.Array,
     samples: Samples,
     alpha: jax.Array,
@@ -168,22 +161,28 @@ def _move(
     platform: str,
     **options: Any,
 ) -> jax.Array:
-    pulls = pull(centers, samples, platform=platform, **options)
-    pulls = pulls._replace(scale=alpha.astype(pulls.scale.dtype) * pulls.scale)
-    if platform == "cpu" and (size := pulls.block_size()):
-        moved: jax.Array = _move_blocks(centers, pulls, seed, size=size)
-        return moved
-    return _table.add_rows(centers, pulls.classes, pulls.scale[:, None] * pulls.sums(), seed)
+    directions = _directions.directions_of(samples, centers.shape[0], platform=platform, **options)
+    directions = directions._replace(scale=alpha.astype(directions.scale.dtype) * directions.scale)
+    size = directions.block_size() if platform == "cpu" else None
+    if size is not None:
+        new_centers: jax.Array = _add_in_blocks(centers, directions, seed, size=size)
+        return new_centers
+    return _table.add_to_rows(
+        centers, directions.classes, directions.scale[:, None] * directions.sums(), seed
+    )
 
 
-@partial(jax.jit, static_argnames="size")  # Apart from what makes its inputs, it takes fewer temporaries.
-def _move_blocks(centers: jax.Array, pulls: Pulls, seed: jax.Array | None, *, size: int) -> jax.Array:
-    """The centers after the sum of each class's differences, times its rate, is added to it, by blocks."""
-    blocks, block = pulls.blocks(size)
+@partial(jax.jit, static_argnames="size")  # A program of its own: inlined, XLA would use more temporaries.
+def _add_in_blocks(
+    centers: jax.Array, directions: Directions, seed: jax.Array | None, *, size: int
+) -> jax.Array:
+    """Adds the directions to the centers, `size` slots at a time, whose sums fit the cache of a CPU."""
+    blocks, block = directions.blocks(size)
 
-    def move(i: ArrayLike, centers: jax.Array) -> jax.Array:
-        return _table.add_rows(centers, *block(i), seed)
+    def add(i: ArrayLike, centers: jax.Array) -> jax.Array:
+        return _table.add_to_rows(centers, *block(i), seed)
 
-    # The first block stands outside: inside shard_map it settles over which axes the result varies.
-    moved: jax.Array = lax.fori_loop(1, blocks, move, move(0, centers))
-    return moved
+    # The first block is added before the loop, so that inside `shard_map` the carry varies over the same
+    # mesh axes from the start.
+    new_centers: jax.Array = lax.fori_loop(1, blocks, add, add(0, centers))
+    return new_centers

@@ -6,8 +6,8 @@ from flax import linen as nn
 from jax.nn.initializers import normal
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _checks, _loss, _update
-from jax_centerloss._checks import Clip, ReduceFn
+from jax_centerloss import _checks, _loss, _options, _update
+from jax_centerloss._options import Clip, ReduceFn
 from jax_centerloss._placement import OutSharding
 from jax_centerloss._table import AxisName
 
@@ -15,8 +15,8 @@ from jax_centerloss._table import AxisName
 class CenterLoss(nn.Module):
     """Holds one center per class, as the variable `"centers"`, and returns the center loss of a batch.
 
-    `variables["params"]` goes straight into `jax_centerloss.update_centers`, `distance_map` and
-    `nearest_center`; with `centers_as="state"` it is `variables["centers"]`.
+    `variables["params"]`, or with `centers_as="state"` `variables["centers"]`, can be passed to
+    `jax_centerloss.update_centers`, `distance_map` and `nearest_center`.
 
     Attributes:
       num_classes: C.
@@ -26,21 +26,21 @@ class CenterLoss(nn.Module):
       axis_name: see `jax_centerloss.center_loss`.
       param_dtype: dtype of the centers.
       centers_init: draws the `(C, D)` centers; N(0, 1) by default.
-      centers_as: `"param"`, a parameter for the optimizer, or `"state"`, kept in the collection `"centers"`
-        as batch statistics are in theirs: each call with `mutable=["centers"]` moves it. With bfloat16 or
-        float16 centers pass `rngs={"rounding": key}`, another key in each step, to round the moved rows
-        stochastically: see `rounding_key` of `jax_centerloss.update_centers`. Only a stream of that name
-        counts; without it rows are rounded to nearest.
+      centers_as: `"param"`, a parameter that the optimizer moves, or `"state"`, a variable in the collection
+        `"centers"`, as batch statistics are in theirs: each call with `mutable=["centers"]` moves it. For
+        bfloat16 or float16 centers pass `rngs={"rounding": key}`, another key in each step, to round the
+        moved rows stochastically: see `rounding_key` of `jax_centerloss.update_centers`. Without a stream of
+        this name rows are rounded to nearest.
       out_sharding: see `jax_centerloss.init_centers`.
       alpha: the rate of centers that are state; see `jax_centerloss.update_centers`.
       rule: `"paper"`, `"gradient"` or `"mean"`, for centers that are state; see
-        `jax_centerloss.update_centers`. `"gradient"` is that of this module's loss, with its `clip`, as a
-        sum if `reduce_fn` is `jnp.sum`, else as a mean.
+        `jax_centerloss.update_centers`. `"gradient"` is the gradient of the loss of this module, with its
+        `clip`, of the sum if `reduce_fn` is `jnp.sum` and else of the mean.
 
     Raises:
-      ValueError: if a size is below 1 or an option unknown; in a call, if the centers are of another size,
+      ValueError: if a size is below 1 or an option is unknown; in a call, if the centers have another size,
         and what `jax_centerloss.center_loss` raises.
-      TypeError: if an option is of another type.
+      TypeError: if an option has another type.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -58,7 +58,7 @@ class CenterLoss(nn.Module):
 
     num_classes: int
     feat_dim: int
-    clip: Clip = _loss.CLIP
+    clip: Clip = _options.CLIP
     reduce_fn: ReduceFn = jnp.mean
     axis_name: AxisName = None
     param_dtype: DTypeLike = jnp.float32
@@ -69,7 +69,7 @@ class CenterLoss(nn.Module):
     rule: str = "paper"
 
     def __post_init__(self) -> None:
-        _checks.module_options(
+        _options.check_module(
             self.num_classes,
             self.feat_dim,
             clip=self.clip,
@@ -78,8 +78,8 @@ class CenterLoss(nn.Module):
             param_dtype=self.param_dtype,
             centers_init=self.centers_init,
         )
-        _checks.choice("rule", self.rule, _update.RULES)
-        _checks.scalar("alpha", self.alpha)
+        _options.check_choice("rule", self.rule, _options.RULES)
+        _checks.as_scalar("alpha", self.alpha)
         super().__post_init__()
 
     @nn.compact
@@ -109,7 +109,7 @@ class CenterLoss(nn.Module):
         else:
             state = self.variable("centers", "centers", lambda: draw(self.make_rng("params")))
             centers = state.value
-        _checks.declared(_checks.table(centers), self.num_classes, self.feat_dim)
+        _options.check_declared_shape(_checks.as_table(centers), self.num_classes, self.feat_dim)
         axis_name = None if self.is_initializing() else self.axis_name
         loss = _loss.center_loss(
             centers,
@@ -123,7 +123,7 @@ class CenterLoss(nn.Module):
         )
         moves = self.is_mutable_collection("centers") and not self.is_initializing()
         if self.centers_as == "state" and moves:
-            state.value = _update.by_rule(
+            state.value = _update.update_by_rule(
                 centers,
                 x,
                 labels,

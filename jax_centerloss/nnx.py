@@ -11,33 +11,33 @@ from jax.nn.initializers import normal
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _checks, _loss, _update
-from jax_centerloss._checks import Clip, ReduceFn
+from jax_centerloss import _checks, _loss, _options, _update
 from jax_centerloss._optim import OWNER
+from jax_centerloss._options import Clip, ReduceFn
 from jax_centerloss._placement import OutSharding
 from jax_centerloss._table import AxisName
 
 
 class Centers(nnx.Variable[jax.Array]):
-    """Centers that are moved by rule: not an `nnx.Param`, of which gradients are taken."""
+    """Centers that are moved by rule or by rows. They are no `nnx.Param`, so no optimizer moves them."""
 
 
 def _sharding_metadata(out_sharding: OutSharding | None) -> dict[str, Any]:
-    """What Flax calls the placement of a variable, so that it keeps to it: in an optimizer's state, say."""
+    """The metadata by which Flax places a variable, and what follows it, such as an optimizer's state."""
     if out_sharding is None:
         return {}
-    name = "out_sharding" if hasattr(nnx, "use_eager_sharding") else "sharding"  # The latter in Flax 0.11.
-    placed = out_sharding.sharding if isinstance(out_sharding, Format) else out_sharding
-    if isinstance(placed, NamedSharding):
-        return {name: placed.spec, "mesh": placed.mesh}
-    return {name: placed} if isinstance(placed, PartitionSpec) else {}
+    name = "out_sharding" if hasattr(nnx, "use_eager_sharding") else "sharding"  # Renamed in Flax 0.12.
+    sharding = out_sharding.sharding if isinstance(out_sharding, Format) else out_sharding
+    if isinstance(sharding, NamedSharding):
+        return {name: sharding.spec, "mesh": sharding.mesh}
+    return {name: sharding} if isinstance(sharding, PartitionSpec) else {}
 
 
 class CenterLoss(nnx.Module):
     """Holds one center per class and returns the center loss of a batch.
 
-    The module is itself a pytree with one leaf: it goes straight into `jax_centerloss.update_centers`,
-    `distance_map` and `nearest_center`, and so does its `nnx.state`.
+    The module is a pytree with one leaf: it can be passed to `jax_centerloss.update_centers`, `distance_map`
+    and `nearest_center`, and so can its `nnx.state`.
 
     Args:
       num_classes: C.
@@ -45,19 +45,19 @@ class CenterLoss(nnx.Module):
       clip: see `jax_centerloss.center_loss`.
       reduce_fn: see `jax_centerloss.center_loss`.
       axis_name: see `jax_centerloss.center_loss`.
-      param_dtype: dtype of the centers; in bfloat16 they need a `rounding_key` to go on with small steps.
+      param_dtype: dtype of the centers. In bfloat16 they need a `rounding_key`, or small steps are lost.
       centers_init: draws the `(C, D)` centers; N(0, 1) by default.
-      centers_as: `"param"`, an `nnx.Param` for the optimizer, or `"state"`, a `Centers` variable, which
-        `update_centers` or a `jax_centerloss.row_optimizer` moves. It is no parameter: a gradient of it
-        is taken only where its type is asked for.
-      out_sharding: see `jax_centerloss.init_centers`; it is also the metadata that `nnx.get_partition_spec`
-        reads.
+      centers_as: `"param"`, an `nnx.Param` that the optimizer moves, or `"state"`, a `Centers` variable that
+        `update_centers` or a `jax_centerloss.row_optimizer` moves. It is no parameter, and has a gradient
+        only for `nnx.grad` with its type in `wrt`.
+      out_sharding: see `jax_centerloss.init_centers`. It is also set as the metadata that
+        `nnx.get_partition_spec` reads.
       rngs: the `params` stream draws the centers.
 
     Raises:
-      ValueError: if a size is below 1 or an option unknown; in a call, if the centers are of another size,
+      ValueError: if a size is below 1 or an option is unknown; in a call, if the centers have another size,
         and what `jax_centerloss.center_loss` raises.
-      TypeError: if an option is of another type.
+      TypeError: if an option has another type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,7 +78,7 @@ class CenterLoss(nnx.Module):
         num_classes: int,
         feat_dim: int,
         *,
-        clip: Clip = _loss.CLIP,
+        clip: Clip = _options.CLIP,
         reduce_fn: ReduceFn = jnp.mean,
         axis_name: AxisName = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -87,7 +87,7 @@ class CenterLoss(nnx.Module):
         out_sharding: OutSharding | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        self.num_classes, self.feat_dim = _checks.module_options(
+        self.num_classes, self.feat_dim = _options.check_module(
             num_classes,
             feat_dim,
             clip=clip,
@@ -109,7 +109,7 @@ class CenterLoss(nnx.Module):
         )
         kind = nnx.Param if centers_as == "param" else Centers
         metadata: dict[str, Any] = OWNER | _sharding_metadata(out_sharding)
-        # Flax would place the table anew, in the default layout.
+        # With eager sharding Flax would reshard the table, which loses its memory layout.
         own_layout = isinstance(out_sharding, Format) and hasattr(nnx, "use_eager_sharding")
         eager: Any = nnx.use_eager_sharding if own_layout else contextlib.nullcontext
         with eager(False):
@@ -120,12 +120,12 @@ class CenterLoss(nnx.Module):
         if not isinstance(held, nnx.Variable) or (
             type(value) is type(held) and OWNER.items() <= value.get_metadata().items()
         ):
-            super().__setattr__(name, value)  # Of another CenterLoss, which then shares its centers.
+            super().__setattr__(name, value)  # A Variable of another CenterLoss, to share centers with it.
             return
-        # A bare array in the Variable's place would be no parameter and no state: nothing would move it. So
-        # it goes into the Variable.
-        (old,), new = jax.tree.leaves(held), _checks.table(value, "centers")
-        _checks.declared(new, *old.shape)
+        # A bare array is written into the Variable. In its place it would be neither a parameter nor state,
+        # and nothing would move it.
+        (old,), new = jax.tree.leaves(held), _checks.as_table(value, "centers")
+        _options.check_declared_shape(new, *old.shape)
         new = new.astype(old.dtype)
         if isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer):
             new = jax.device_put(new, old.sharding)
@@ -140,8 +140,8 @@ class CenterLoss(nnx.Module):
         weights: ArrayLike | None = None,
     ) -> jax.Array:
         """The loss of features `(..., D)` with integer labels `(...)`: see `jax_centerloss.center_loss`."""
-        centers = _checks.table(self.centers)
-        _checks.declared(centers, self.num_classes, self.feat_dim)
+        centers = _checks.as_table(self.centers)
+        _options.check_declared_shape(centers, self.num_classes, self.feat_dim)
         return _loss.center_loss(
             centers,
             x,
@@ -167,16 +167,17 @@ class CenterLoss(nnx.Module):
     ) -> None:
         """Moves the centers of the batch's classes, in the module: see `jax_centerloss.update_centers`.
 
-        Call it once a step with the features of the step, and with the loss as `after`; no gradient passes.
-        With bfloat16 centers pass `rounding_key=rngs.rounding()`, of a stream of the model's, which gives
-        another key in each step.
+        Call it once in each step, with the features of the step and with the loss as `after`. No gradient
+        passes through it. With bfloat16 centers pass `rounding_key=rngs.rounding()`, which is another key in
+        each step if `rngs` is part of the model.
 
-        It is meant for `centers_as="state"`: parameters would be moved by their optimizer too. `"gradient"`
-        is that of this module's loss, with its `clip`, as a sum if `reduce_fn` is `jnp.sum`, else as a mean.
+        It is meant for `centers_as="state"`, since the optimizer moves parameters too. `"gradient"` is the
+        gradient of the loss of this module, with its `clip`, of the sum if `reduce_fn` is `jnp.sum` and else
+        of the mean.
         """
         centers = nnx.state(self, nnx.PathContains("centers"))
-        _checks.declared(_checks.table(centers), self.num_classes, self.feat_dim)
-        moved = _update.by_rule(
+        _options.check_declared_shape(_checks.as_table(centers), self.num_classes, self.feat_dim)
+        moved = _update.update_by_rule(
             centers,
             x,
             labels,

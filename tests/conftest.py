@@ -44,13 +44,13 @@ def pytest_addoption(parser):
     )
 
 
-CHOSEN = _groups.by_platform
+CHOSEN = _groups.call_for_platform
 
 
 def pytest_configure(config):
     platform = config.getoption("platform")
     if platform is not None:
-        _groups.by_platform = lambda function, *arrays: function(*arrays, platform=platform)
+        _groups.call_for_platform = lambda function, *arrays: function(*arrays, platform=platform)
 
 
 @contextlib.contextmanager
@@ -79,7 +79,7 @@ def pytest_runtest_setup():
 @pytest.fixture
 def for_its_platform(monkeypatch):
     """What a program does on the platform that it is compiled for, whatever `--platform` says."""
-    monkeypatch.setattr(_groups, "by_platform", CHOSEN)
+    monkeypatch.setattr(_groups, "call_for_platform", CHOSEN)
 
 
 # The examples are scripts, which import what they share from their own folder.

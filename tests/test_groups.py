@@ -7,7 +7,7 @@ import pytest
 from jax_centerloss import _groups
 
 
-# Samples and classes on both sides of every choice: as many classes as samples, `_FEW`, `_COMPARED`.
+# Numbers of samples and classes on both sides of every choice of a method in `_groups`.
 @pytest.mark.parametrize(
     ("n", "c"), [(7, 3), (8, 8), (8, 50), (64, 100), (128, 128), (60, 129), (300, 40_000), (2_100, 5_000)]
 )
@@ -19,7 +19,7 @@ def test_each_class_once_with_the_sum_of_its_samples(platform, n, c, rng):
 
     @jax.jit
     def by_class(labels, used, values):
-        groups = _groups.group(labels, used, c, platform)
+        groups = _groups.group_by_class(labels, used, c, platform)
         return groups.classes, groups.sum(values)
 
     classes, sums = map(np.asarray, by_class(labels, used, values))

@@ -111,7 +111,7 @@ def test_bits_are_uniform_and_independent():
     # The upper 16 bits of words, over seeds, classes, places in a row, and tables, near ones and far ones.
     seeds = jax.vmap(seed_of)(jax.random.split(KEY, 400))
     classes = jnp.concatenate([jnp.arange(40), 10**9 + jnp.arange(40)])
-    words = jax.jit(jax.vmap(lambda s: _rounding._hash_words(s, classes, 32)))
+    words = jax.jit(jax.vmap(lambda s: _rounding._random_words(s, classes, 32)))
     u = np.stack([np.float64(words(seeds + np.uint32(table)) >> 16) / 2**16 - 0.5 for table in (0, 1)])
     number = u.size  # 2 tables, 400 seeds, 80 classes, 32 places: 2,048,000.
     assert abs(u.mean()) < 4 * np.sqrt(1 / 12 / number)

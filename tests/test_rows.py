@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import jax_centerloss as jcl
-from jax_centerloss import _pulls, _trial
+from jax_centerloss import _directions, _separability
 
 D = 4
 
@@ -119,7 +119,7 @@ BATCHES = {
 )
 def test_equals_the_dense_optimizer_with_absent_rows_frozen(rng, name, kind, monkeypatch):
     if kind == "blocks":  # Of seven classes, as a large batch has blocks of many.
-        monkeypatch.setattr(_pulls, "BLOCK", 7 * D)
+        monkeypatch.setattr(_directions, "_BLOCK_SIZE", 7 * D)
     tx, (classes, num, every) = ACCEPTED[name], BATCHES[kind]
     centers = rng.normal(size=(classes, D)).astype(np.float32)
     data = list(batches(rng, classes, num, 5, every=every))
@@ -148,8 +148,8 @@ TOGETHER = {
 
 @pytest.mark.parametrize("make", TOGETHER.values(), ids=TOGETHER)
 def test_what_looks_at_all_rows_of_the_batch_is_not_taken_in_parts(make):
-    assert _trial.on_rows(optax.adamw(0.1)) == (None, True)
-    assert _trial.on_rows(make()) == (None, False)
+    assert _separability.find_separability(optax.adamw(0.1)) == (None, True)
+    assert _separability.find_separability(make()) == (None, False)
 
 
 def test_a_state_of_python_numbers(rng):

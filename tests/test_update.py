@@ -226,7 +226,7 @@ def test_no_stride_of_the_labels_makes_the_search_long(monkeypatch):
     for n in (255, 256):
         rounds.clear()
         labels = jnp.arange(n, dtype=jnp.int32) * 2**20 % 2**26 + jnp.arange(n, dtype=jnp.int32) // 64
-        jax.block_until_ready(_groups.slots_on(labels, labels >= 0, 2**26, "cpu"))
+        jax.block_until_ready(_groups.assign_slots_on(labels, labels >= 0, 2**26, "cpu"))
         jax.effects_barrier()
         assert 1 <= len(rounds) < 12
 

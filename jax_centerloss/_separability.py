@@ -1,0 +1,160 @@
+"""Finds out by a trial whether an optax transformation is row-separable."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jax_centerloss import _row_steps, _table
+
+# Large enough for Adafactor to factor its second moments.
+_NUM_CLASSES, _FEAT_DIM = 130, 128
+# The rows that each step of the trial touches, and the size of their gradients. Some rows come in many steps,
+# some late; gradients go from tiny to those that clipping cuts.
+_TRIAL = (
+    ([5, 2, 9], 1e-3),
+    ([5, 9, 77], 1.0),
+    ([2, 9, 5], 1.0),
+    ([2, 129, 0], 1e3),
+    ([7, 5, 2], 1.0),
+    ([9, 2, 1], 1e3),
+    ([7, 3, 4], 1.0),
+    ([5, 129, 9], 1e8),
+)
+# What these transformations do differs only after more steps than the trial has.
+_ACCUMULATES = (optax.MultiStepsState, optax.ApplyEvery, optax.contrib.SAMState, optax.contrib.MechanicState)
+
+
+class Separability(NamedTuple):
+    problem: str | None = None  # Why the transformation can't work by rows.
+    in_blocks: bool = False  # Whether blocks of rows can be moved one after the other: no row sees another.
+
+
+def find_separability(tx: optax.GradientTransformation) -> Separability:
+    """Compares `tx` on some rows with a dense step on a small table, over a few steps.
+
+    One gradient is NaN on purpose, which is not for the user's `jax_debug_nans` to report.
+    """
+    with (
+        jax.ensure_compile_time_eval(),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+    ):
+        try:
+            return _try(tx)
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+            raise TypeError(
+                "tx holds values that are being traced. Make the row optimizer outside of jit and vmap: "
+                "a rate that changes is a schedule, or one of inject_hyperparams."
+            ) from error
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            return Separability(
+                f"a step with a gradient, a state and params alone fails ({type(error).__name__}: {error})"
+            )
+
+
+def _try(tx: optax.GradientTransformation) -> Separability:
+    rng = np.random.default_rng(0)
+    centers = jnp.asarray(rng.normal(size=(_NUM_CLASSES, _FEAT_DIM)), jnp.float32)
+    slope = rng.normal(size=centers.shape).astype(np.float32)
+    state = _row_steps.init_state(tx, centers)
+    if any(map(_accumulates, jax.tree.leaves(state, is_leaf=_accumulates))):
+        return Separability("it adds up or adapts over several calls, and each of them has other classes")
+    for table in _row_steps.tables_of(tx, state):
+        if table.shape[0] != _NUM_CLASSES:
+            return Separability(f"tried on centers {centers.shape}, it keeps state of shape {table.shape}")
+    by_rows, dense = jax.jit(partial(_row_steps.compute_steps, tx)), jax.jit(partial(_disturbed_step, tx))
+    in_blocks = True
+    for touched, size in _TRIAL:
+        gradient = np.zeros(centers.shape, np.float32)
+        noise = rng.normal(size=(len(touched), _FEAT_DIM)).astype(np.float32)
+        gradient[touched] = size * (slope[touched] + 0.5 * noise)
+        rows = jnp.array(touched, jnp.int32)
+        expected = [dense(centers, state, rows, gradient, offset) for offset in jnp.array([0.0, 1e6])]
+        # The last slot is empty, as some slots of a batch are.
+        classes = jnp.append(rows, jnp.int32(_NUM_CLASSES))
+        gradients = np.append(gradient[touched], np.zeros((1, _FEAT_DIM), np.float32), 0)
+        in_two_parts = _steps_in_two_parts(by_rows, centers, state, classes, gradients)
+        steps, state = by_rows(centers, state, classes, jnp.asarray(gradients))
+        in_blocks &= _all_close(steps[:-1], in_two_parts[:-1])
+        in_blocks &= _nan_stays_in_its_row(by_rows, tx, centers, state, classes, gradients)
+        if not all(_all_close((steps[:-1], state), other) for other in expected):
+            return Separability("the step of one row depends on other rows, or on their number")
+        centers = _table.add_to_rows(centers, classes, steps)
+    return Separability(in_blocks=in_blocks)
+
+
+def _disturbed_step(
+    tx: optax.GradientTransformation,
+    centers: jax.Array,
+    state: Any,
+    touched: jax.Array,
+    gradient: jax.Array,
+    offset: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """A dense step, after `offset` was added to all rows that it does not touch.
+
+    Returns the steps of the touched rows, and the state with the untouched rows restored. For a
+    transformation that is row-separable neither depends on `offset`.
+    """
+
+    def disturb(table: jax.Array) -> jax.Array:
+        return (table + offset.astype(table.dtype)).at[touched].set(table[touched])
+
+    disturbed = _row_steps.map_tables(tx, disturb, state)
+    steps, new_state = tx.update({"centers": gradient}, disturbed, {"centers": disturb(centers)})
+    restore = partial(_with_rows, touched)
+    return steps["centers"][touched], _row_steps.map_tables(tx, restore, new_state, state)
+
+
+def _with_rows(touched: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    return old.at[touched].set(new[touched])
+
+
+def _steps_in_two_parts(
+    by_rows: Callable[..., Any], centers: jax.Array, state: Any, classes: jax.Array, gradients: np.ndarray
+) -> jax.Array:
+    """The steps, made for the first row alone and for the other rows alone."""
+    first = np.arange(len(gradients)) == 0
+    alone, others = (
+        by_rows(centers, state, jnp.where(part, classes, _NUM_CLASSES), gradients * part[:, None])[0]
+        for part in (first, ~first)
+    )
+    return jnp.where(first[:, None], alone, others)
+
+
+def _nan_stays_in_its_row(
+    by_rows: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    centers: jax.Array,
+    state: Any,
+    classes: jax.Array,
+    gradients: np.ndarray,
+) -> bool:
+    """Whether NaN in the gradient of the first row, which spreads through any norm, shows in no other."""
+
+    def other_rows(gradients: np.ndarray) -> Any:
+        steps, new_state = by_rows(centers, state, classes, jnp.asarray(gradients))
+        return steps[1:-1], _row_steps.map_tables(tx, lambda table: table.at[classes[0]].set(0), new_state)
+
+    with_nan = gradients.copy()
+    with_nan[0] = np.nan
+    return _all_close(other_rows(with_nan), other_rows(gradients))
+
+
+def _accumulates(node: Any) -> bool:
+    return isinstance(node, _ACCUMULATES)
+
+
+def _all_close(got: Any, want: Any) -> bool:
+    def close(a: Any, b: Any) -> bool:
+        return np.allclose(a, b, rtol=1e-4, atol=1e-5 * np.max(np.abs(b), initial=0))
+
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    return all(close(a, b) for a, b in pairs)
