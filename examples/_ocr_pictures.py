@@ -34,6 +34,8 @@ def draw_confused(path: Path, text: Text, before: Reading, arms: Mapping[str, Re
         points = PCA(2, random_state=0).fit_transform(reading.features[chosen])
         means = [points[kinds == j].mean(0) if np.any(kinds == j) else points.mean(0) for j in (0, 1)]
         planes.append(Plane(title, np.stack(means), points, kinds))
+    if not planes:
+        return False
     heading = f"Frames of the two characters confused most, {pair[0]} and {pair[1]}, on their main directions"
     draw_planes(path, heading, planes, [f"character {c}" for c in pair])
     return True

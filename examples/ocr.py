@@ -54,7 +54,7 @@ METRICS = {
     "hardest": ("the hardest quarter not read, %", 2),
     "lines": ("lines wholly right, %", 2),
     "own_distance": ("own distance", 2),
-    "gap": ("gap", 2),
+    "ratio": ("own / nearest other", 3),
     "blank": ("frames: blank, %", 1),
     "right": ("right, %", 1),
     "wrong": ("wrong, %", 1),
@@ -69,6 +69,7 @@ DIFFERENCES = (
 WIDTHS = (16, 32, 64)  # Channels of the convolutions.
 TRAIN_WRITERS = 14  # Of 20; the others write the test lines.
 SIDE = 105  # Of a drawing, as it is published.
+MEAN_LINES, TEST_LINES = (2**31, 1), (2**31, 2)  # Seeds of lines, which no training has.
 
 
 class Block(nnx.Module):
@@ -189,9 +190,10 @@ def class_means(model: Reader, reading: Reading, blanks: bool) -> tuple[Any, np.
 
 
 def hardest(reading: Reading, lines: Lines, classes: int) -> np.ndarray:
-    """The quarter of the characters that is missed most."""
+    """The quarter of the characters that is missed most; at least one."""
     lost, stands = missed(reading, lines, classes)
-    return np.argsort(-lost / np.maximum(stands, 1), kind="stable")[: (classes - 1) // 4]
+    share = (lost / np.maximum(stands, 1))[1:]  # Without the blank.
+    return 1 + np.argsort(-share, kind="stable")[: max(1, len(share) // 4)]
 
 
 def judge(model: Reader, hard: np.ndarray, train: Lines, test: Lines) -> tuple[dict[str, float], Reading]:
@@ -208,12 +210,14 @@ def judge(model: Reader, hard: np.ndarray, train: Lines, test: Lines) -> tuple[d
     )
     kinds = {"blank": reading.labels == 0, "right": reading.labels == labels}
     frames = {name: 100 * float(np.mean(kind[inside])) for name, kind in kinds.items()}
+    own, gap = float(metrics["own_distance"]), float(metrics["gap"])
     return {
         "cer": 100 * wrong / sum(map(len, texts)),
         "hardest": 100 * float(lost[hard].sum() / max(stands[hard].sum(), 1)),
         "lines": 100 * float(reading.right.mean()),
-        "own_distance": float(metrics["own_distance"]),
-        "gap": float(metrics["gap"]),
+        "own_distance": own,
+        # Unlike the distance itself, this does not fall where all features shrink.
+        "ratio": own / (own + gap) if own + gap else 0.0,
         **frames,
         "wrong": 100 - sum(frames.values()),
     }, reading
@@ -226,16 +230,17 @@ def prepare(args: argparse.Namespace, data: Drawings) -> Text:
             "Ask for fewer."
         )
     data = data.part(data.labels < args.characters)
-    ours = data.writers <= TRAIN_WRITERS
-    for mine, whose in ((ours, f"1 to {TRAIN_WRITERS}"), (~ours, f"above {TRAIN_WRITERS}")):
+    ours = (data.writers >= 1) & (data.writers <= TRAIN_WRITERS)
+    theirs = data.writers > TRAIN_WRITERS
+    for mine, whose in ((ours, f"1 to {TRAIN_WRITERS}"), (theirs, f"above {TRAIN_WRITERS}")):
         if absent := {*range(args.characters)} - {*data.labels[mine].tolist()}:
             raise SystemExit(
                 f"Character {min(absent) + 1} has no drawing by the drawers {whose}; the published ones have."
             )
-    glyphs, others = make_glyphs(data, ours, args.variants, seed=0), make_glyphs(data, ~ours, 1, seed=0)
+    glyphs, others = make_glyphs(data, ours, args.variants, seed=0), make_glyphs(data, theirs, 1, seed=0)
     size = args.length, args.width
-    train = compose(glyphs, args.mean_lines, *size, np.random.default_rng(1))
-    return Text(glyphs, train, compose(others, args.test_lines, *size, np.random.default_rng(2)))
+    train = compose(glyphs, args.mean_lines, *size, np.random.default_rng(MEAN_LINES))
+    return Text(glyphs, train, compose(others, args.test_lines, *size, np.random.default_rng(TEST_LINES)))
 
 
 def make_lines(
@@ -371,9 +376,10 @@ def tables(results: dict[str, Any], lams: dict[str, float]) -> str:
     if gains:
         parts += [f"Differences{paired}:", markdown(["", *heads], gains)]
     parts.append(
-        "Own distance and gap are `center_metrics` of frames in which a character is read for one that\n"
-        "stands there, to the means of the arm's own features under that character. In wrong frames another\n"
-        "character is read, or one where none stands. The hardest quarter are the characters that are\n"
+        "Own distance is that of frames in which a character is read for one that stands there, to the\n"
+        "mean of the arm's own features under that character, by `center_metrics`; it is also shown divided\n"
+        "by the distance to the nearest other mean. In wrong frames another character is read, or one where\n"
+        "none stands. The hardest quarter are the characters that are\n"
         "missed most often in lines by the writers for training, before the arms part."
     )
     return "\n\n".join(parts)
@@ -419,7 +425,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SEEDS",
         help="choose λ of every arm first, with so many seeds",
     )
-    add("--grid", type=number(float, 0), nargs="+", default=[0.01, 0.05, 0.2], help="λ to choose from")
+    add("--grid", type=number(float, 0), nargs="+", default=[0.002, 0.01, 0.05, 0.2], help="λ to choose from")
     add("--only-select", action="store_true", help="stop when λ is chosen")
     add_flags(
         parser,
@@ -455,11 +461,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     with _ctrl_c.stopped_by_hand():
         lams = {"ctc": 0.0, "fixed": args.lam_fixed, "moved": args.lam, "norm": args.lam_norm}
+        if not args.only_select:
+            text = prepare(args, load(args.data, "images_background", SIDE))
         if args.select:
             lams = select(args, prepare(args, load(args.data, "images_evaluation", SIDE)))
-        if args.only_select:
-            return {"lams": lams}
-        return compare(args, prepare(args, load(args.data, "images_background", SIDE)), lams)
+        return {"lams": lams} if args.only_select else compare(args, text, lams)
 
 
 if __name__ == "__main__":

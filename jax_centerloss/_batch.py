@@ -12,7 +12,7 @@ from jax_centerloss import _checks, _placement
 
 def as_features(x: ArrayLike, centers: jax.Array) -> jax.Array:
     """`x` as an array `(..., D)` of floats, with the D of the centers."""
-    advice = "Pass the features `(..., D)` alone, of a model's outputs too."
+    advice = "Pass the features `(..., D)` alone, without the other outputs of the model."
     if not jax.tree_util.all_leaves([x]) and len(jax.tree.leaves(x)) == 1:
         advice += " If these are the centers, they come first: (params, x), (params, x, labels)."
     x = _checks.as_array("x", x, advice)
@@ -27,7 +27,7 @@ def as_features(x: ArrayLike, centers: jax.Array) -> jax.Array:
 
 
 class Batch(NamedTuple):
-    """A checked batch, all of it sharded as `x` is."""
+    """A checked batch. Its arrays are sharded as `x` is, if they are on a mesh."""
 
     x: jax.Array  # (..., D)
     labels: jax.Array  # (...), of 32 bits or more.
@@ -42,6 +42,7 @@ def as_batch(
     weights: ArrayLike | None,
     centers: jax.Array,
 ) -> Batch:
+    """Checks the arguments of a batch and brings them to one form."""
     x = as_features(x, centers)
     indices = _as_class_indices(labels, x)
     used = indices >= 0
@@ -97,17 +98,13 @@ def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
 def _as_per_sample(name: str, array: jax.Array, x: jax.Array) -> jax.Array:
     """`array`, which has to have one entry per sample, sharded as `x` is."""
     if array.shape != x.shape[:-1]:
-        advice = (
-            " One for each class becomes one for each sample by `weights[labels]`."
-            if name == "weights"
-            else ""
-        )
+        advice = " Of weights by class pass `weights[labels]`." if name == "weights" else ""
         raise ValueError(f"{name} must have the shape of labels {x.shape[:-1]}, got {array.shape}.{advice}")
     return _placement.reshard_like_samples(array, x)
 
 
 def _check_concrete_values(labels: ArrayLike, where: Any, weights: Any, num_classes: int) -> None:
-    """Raises on labels `>= C` and on negative weights of used samples, unless these are traced."""
+    """Raises on labels `>= C` and negative weights of used samples, if no argument is traced."""
     if not (_checks.is_concrete(labels) and _checks.is_concrete(where)):
         return
     values = np.asarray(labels)

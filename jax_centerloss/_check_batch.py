@@ -25,8 +25,8 @@ def check_batch(
     NaN or infinite, and centers of their classes that are NaN or infinite. Outside of `jit` it raises. Under
     `checkify`, or Flax's `nnx.checkify` around an NNX step, it adds to the error that checkify returns.
     Inside plain `jit` it does nothing. It reads O(N·D) numbers, and does not find a distance that overflows
-    float32. JAX drops all checks inside a `scan` that is differentiated as a whole, so differentiate inside
-    of the `scan`, and can't return one from a `shard_map` over Explicit axes.
+    float32. JAX drops all checks inside a `scan` that is differentiated as a whole: differentiate inside of
+    the `scan`. It can't return a check from a `shard_map` over Explicit axes.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
@@ -50,7 +50,7 @@ def check_batch(
       >>> print(str(error.get()).split(" (")[0])
       a feature of a used sample, of class 9, is nan
     """
-    with jax.debug_nans(False), jax.debug_infs(False):  # Their errors would come first and name no sample.
+    with jax.debug_nans(False), jax.debug_infs(False):  # These would raise first, and name no sample.
         centers = _checks.as_table(params)
         batch = _batch.as_batch(x, labels, where, weights, centers)
         # The weights as they were passed, since in the batch negative ones are NaN.
@@ -96,8 +96,8 @@ def _fault(
 ) -> Fault:
     """The fault where `bad` is True, shown by the greatest label that has it.
 
-    The choice of the example is the same on every platform. Of the `values` of that label it shows the
-    lowest for negative weights, and else NaN, infinity or minus infinity, whichever is there.
+    So the example is the same on every platform. For `negative` weights it shows the lowest one of that
+    label, else the first of NaN, infinity and minus infinity that it has.
     """
     of_sample = bad if bad.ndim == labels.ndim else jnp.any(bad, axis=-1)
     label = jnp.max(jnp.where(of_sample, labels, jnp.zeros((), labels.dtype)), initial=0)

@@ -11,15 +11,15 @@ from jax.typing import ArrayLike, DTypeLike
 
 
 def as_array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.Array:
-    """The argument `name` as a JAX array that does not share memory with a NumPy array.
+    """The argument `name` as a JAX array. A NumPy array is copied.
 
-    On a CPU JAX uses the memory of an aligned NumPy array, and may read it after the call has returned, when
-    a data loader has overwritten it.
+    On a CPU JAX would use the memory of an aligned NumPy array, and might read it after the call has
+    returned. A data loader may have overwritten it by then.
     """
     try:
         if is_numpy_like(value):
             value = np.asarray(value).copy()
-            if value.dtype.kind in "iu":  # Clipped, where JAX would wrap 64-bit integers around.
+            if value.dtype.kind in "iu":  # Clipped, since JAX would wrap 64-bit integers around.
                 limits = np.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
                 value = value.clip(max(limits.min, np.iinfo(value.dtype).min), limits.max)
         return jnp.asarray(value)
@@ -36,6 +36,7 @@ def is_numpy_like(value: Any) -> bool:
 
 
 def as_arrays(name: str, tree: Any, advice: str) -> Any:
+    """`as_array` of each leaf."""
     return jax.tree.map(lambda leaf: as_array(f"a leaf of {name}", leaf, advice), tree)
 
 
@@ -66,8 +67,8 @@ def as_table(params: Any, name: str = "params") -> jax.Array:
         raise ValueError(
             f"{name} must hold exactly one array, the (C, D) centers, got {len(leaves)} leaves: {found}"
             f"{', ...' if len(leaves) > 8 else ''}. Pass the part of the tree that holds the centers alone: "
-            'a dict {"centers": array}, an NNX module or its state, or of Linen variables the part of this '
-            'module in "params" (in "centers", if they are state).'
+            'a dict {"centers": array}, an NNX module or its state, or of Linen variables '
+            '`variables["params"]["<module>"]`, with "centers" instead of "params" if they are state.'
         )
     centers = as_array(
         f"the leaf of {name}",
@@ -92,7 +93,8 @@ def is_concrete(value: ArrayLike | None) -> bool:
 
 
 def as_scalar(name: str, value: Any, advice: str | None = None) -> jax.Array:
-    advice = advice or f"Pass a number; of a schedule, its value: `{name}=schedule(step)`."
+    """A real number or a scalar array."""
+    advice = advice or f"Pass a number. If it is a schedule, pass its value: `{name}=schedule(step)`."
     number = as_array(name, value, advice, "a number")
     if number.ndim:
         raise ValueError(f"{name} must be a number or a scalar array, got shape {number.shape}.")
@@ -124,7 +126,7 @@ def as_key(name: str, value: Any) -> jax.Array | None:
 
 
 def as_previous_table(params: Any, previous: Any, centers: jax.Array) -> jax.Array:
-    """The table in `previous`, of the shape of `centers`, which may not be the very array in `params`."""
+    """The table in `previous`, of the shape of `centers`. It must not be the same array as in `params`."""
     advice = "Keep a copy from before the steps: `previous = jax.tree.map(jnp.copy, params)`."
     leaves = [leaf for leaf in jax.tree.leaves(previous) if isinstance(leaf, jax.Array)]
     if any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in leaves):
@@ -132,8 +134,8 @@ def as_previous_table(params: Any, previous: Any, centers: jax.Array) -> jax.Arr
     earlier = as_table(previous, "previous")
     if any(one is other for one in jax.tree.leaves(params) for other in jax.tree.leaves(previous)):
         raise ValueError(
-            "previous holds the centers themselves, which shows no motion, whatever the steps did: an NNX "
-            f"module's state, say, follows the module. {advice}"
+            "previous holds the centers themselves, from which they have not moved: the state of an NNX "
+            f"module, for example, changes with the module. {advice}"
         )
     if earlier.shape != centers.shape:
         raise ValueError(f"previous must be earlier centers {centers.shape}, got shape {earlier.shape}.")
@@ -143,7 +145,7 @@ def as_previous_table(params: Any, previous: Any, centers: jax.Array) -> jax.Arr
 def check_state(state: Any, expected: Any, centers: jax.Array) -> None:
     """Compares the state of a row optimizer with the shapes and dtypes that its `init` makes.
 
-    Transformations whose states have one form, such as Adam, Yogi and NAdam, can't be told apart.
+    The state of another optimizer passes if it has the same structure, as those of Adam and Yogi have.
     """
     shapes = [jax.tree.map(np.shape, tree) for tree in (state, expected)]
     structures = {jax.tree.structure(tree) for tree in (state, expected)}

@@ -64,6 +64,7 @@ def _map_sharding(centers: jax.Array, x: jax.Array) -> NamedSharding | None:
 
 @_placement.jit_on_auto_axes(_map_sharding, static_argnames="precision")
 def distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.PrecisionLike) -> jax.Array:
+    """`distance_map` of checked arguments."""
     middle = _robust_mean(centers, _table.compute_dtype(x, centers))
     x, centers = _shift(x, middle), _shift(centers, middle)
     cross = jnp.einsum("...d,cd->...c", x, centers, precision=precision)
@@ -78,7 +79,7 @@ def distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.PrecisionLi
 
 
 def safe_sqrt(squared: jax.Array) -> jax.Array:
-    """The square root, whose derivative at 0 is 0 instead of NaN."""
+    """The square root, with a derivative of 0 at 0, where it has none."""
     zero, one = np.zeros((), squared.dtype), np.ones((), squared.dtype)
     return jnp.where(squared == 0, zero, jnp.sqrt(jnp.where(squared == 0, one, squared)))
 
@@ -90,8 +91,8 @@ def _all_finite(vectors: jax.Array) -> jax.Array:
 def _robust_mean(centers: jax.Array, dtype: DTypeLike) -> jax.Array:
     """A point `(D,)` between most of the centers, which one stray center does not drag away.
 
-    It is a reweighted mean of up to 256 centers: in each of five rounds those beyond the median distance from
-    the last mean weigh 1 / distance, the nearer ones all the same, and those not finite nothing.
+    It is a mean of up to 256 centers, with new weights in each of five rounds: 1 / distance from the last
+    mean, at most 1 / (the median distance), and 0 for a center that is NaN or infinite.
     """
     sampled = lax.stop_gradient(_table.evenly_spaced_rows(centers, _SAMPLED_CLASSES)[1]).astype(dtype)
     mean = jnp.zeros(centers.shape[1], dtype)
@@ -102,8 +103,8 @@ def _robust_mean(centers: jax.Array, dtype: DTypeLike) -> jax.Array:
         weights = 1 / jnp.maximum(jnp.maximum(distance, jnp.median(distance)), jnp.finfo(dtype).tiny)
         weighted = jnp.where(weights[:, None] > 0, weights[:, None] * sampled, jnp.zeros((), dtype))
         mean = jnp.sum(weighted, 0) / jnp.maximum(jnp.sum(weights), jnp.finfo(dtype).tiny)
-    # Rounded to a multiple of the power of two above the median distance. Subtracting it from numbers of few
-    # digits, such as integers, is then exact, and equal distances stay equal.
+    # Rounded to a multiple of a power of two that is about the median distance. It can then be subtracted
+    # exactly from numbers of few digits, such as integers, and equal distances stay equal.
     step = jnp.ldexp(jnp.ones((), dtype), jnp.frexp(jnp.median(distance))[1])
     rounded = jnp.round(mean / step) * step
     return jnp.where(jnp.isfinite(rounded), rounded, mean)
@@ -116,8 +117,8 @@ def _shift(x: jax.Array, middle: jax.Array) -> jax.Array:
 def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
     """The class whose center is nearest, and the lowest of several at the same distance.
 
-    Distances are rounded, so that a tie of numbers with many digits may go to either class. Classes are
-    scanned in blocks: at any number of classes the memory is that of one block of distances.
+    Rounding may break a tie of distances. Classes are scanned in blocks, so that the memory is that of one
+    block of distances, whatever the number of classes.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
@@ -146,8 +147,8 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
 def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
     sharding, label_sharding = _map_sharding(centers, x), _placement.per_sample_sharding(x, centers)
     if sharding is not None:
-        # The samples are resharded where both use one mesh axis. XLA could choose to reshard the classes,
-        # block by block.
+        # If both are sharded over one mesh axis, the samples are resharded. XLA might reshard the classes, in
+        # every block.
         x = _placement.reshard(x, NamedSharding(sharding.mesh, P(*sharding.spec[:-1], None)))
     labels: jax.Array = _nearest_in_blocks(centers, x)
     return labels if label_sharding is None else _placement.reshard(labels, label_sharding)
@@ -157,8 +158,8 @@ def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
 def _nearest_in_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
     middle, finite = _robust_mean(centers, _table.compute_dtype(x, centers)), _all_finite(x)
     x = _shift(x, middle)
-    # A block takes as many classes of each stripe. A shard has one or more whole stripes, so that each
-    # device scans its own classes only.
+    # A block takes equally many classes from every stripe. Each stripe is in one shard, so that each device
+    # scans its own classes only.
     stripes = _placement.num_stripes(centers)
     length = centers.shape[0] // stripes
     striped = centers.reshape(stripes, length, -1)
@@ -180,8 +181,8 @@ def _nearest_in_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
 
     shape = *x.shape[:-1], stripes
     worst = jnp.full(shape, jnp.inf, x.dtype), jnp.full(shape, -1, jnp.int32)
-    # The first block is scanned before the loop, so that inside `shard_map` the carry varies over the same
-    # mesh axes from the start.
+    # The first block is scanned before the loop: `shard_map` requires that what goes into a loop varies over
+    # the same mesh axes as what comes out.
     value, labels = lax.fori_loop(1, -(-length // block), scan_block, scan_block(0, worst))
     nearest = value == jnp.min(value, axis=-1, keepdims=True)
     label = jnp.min(jnp.where(nearest, labels, np.int32(centers.shape[0])), axis=-1)

@@ -1,4 +1,4 @@
-"""Sums by class: the one place that knows what is fast on which platform.
+"""Sums by class, and one slot for each class of a batch, in the way that is fast on each platform.
 
 A CPU and a TPU scatter-add, one row after the other. On a GPU the samples of one class would contend for its
 row with atomic adds, whose order, and with it the rounding, differs from run to run. There samples are sorted
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-NO_CLASS = np.iinfo(np.int32).max  # Of a slot; beyond the end of every table.
-_HASH_START, _HASH_STEP = 1640531527, 747796405  # Odd, of mixed bits.
+NO_CLASS = np.iinfo(np.int32).max  # For a slot without a class, and a sample without a slot.
+_HASH_START, _HASH_STEP = 1640531527, 747796405  # Odd multipliers with irregular bits.
 _MOST_COMPARED = 2048  # Samples up to which comparing all pairs is cheaper than sorting.
-_BLOCK = 32  # Sorted samples that are compared with each other to sum those of one class.
-_NARROW = 32  # Numbers per sample up to which sums run along the samples.
+_BLOCK = 32  # Length of the blocks in which sorted samples are compared in pairs.
+_NARROW = 32  # Numbers per sample up to which samples are made the last axis of a sum.
 _FEW_CLASSES = 128  # Up to which each class reads all samples on a GPU, which is cheaper than sorting.
 
 
@@ -36,10 +36,8 @@ class Groups(NamedTuple):
     """The S slots of a flat batch: each class of the batch has exactly one, and some slots have no class."""
 
     classes: jax.Array  # (S,), the class of each slot, or `NO_CLASS`.
-    # (N,), the slot of each sample, out of range if the sample is not used. On a GPU that sorts, the class of
-    # each sorted sample.
-    slots: jax.Array
-    # From (N, K) values to their sums (S, K), arbitrary in a slot without a class. (N,) only off the GPU.
+    slots: Any  # (N,), of each sample, `NO_CLASS` if it is not used; None on a GPU that sorts.
+    # From (N, K) values to (S, K) sums, arbitrary in a slot without a class; except on a GPU also from (N,).
     sum: Callable[[jax.Array], jax.Array]
 
 
@@ -55,7 +53,7 @@ def group_by_class(labels: jax.Array, used: jax.Array, num_classes: int, platfor
 
 
 def _group_by_sorting(labels: jax.Array, used: jax.Array) -> Groups:
-    """The slot of a class is the first of its samples in sorted order."""
+    """Slots are positions in sorted order, and that of a class is the position of its first sample."""
     key, order = _sort_by_class(labels, used)
     is_first = jnp.concatenate([jnp.ones_like(key[:1], jnp.bool_), key[1:] != key[:-1]])
 
@@ -67,7 +65,7 @@ def _group_by_sorting(labels: jax.Array, used: jax.Array) -> Groups:
             values = lax.optimization_barrier(values)
         return _sum_runs(values, key)
 
-    return Groups(jnp.where(is_first, key, NO_CLASS), key, sum_by_class)
+    return Groups(jnp.where(is_first, key, NO_CLASS), None, sum_by_class)
 
 
 def _sort_by_class(labels: jax.Array, used: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -91,16 +89,16 @@ def _masked_sum(mask: jax.Array, values: jax.Array) -> jax.Array:
     zero = jnp.zeros((), values.dtype)
     if values.shape[-1] > _NARROW:
         return jnp.sum(jnp.where(mask[..., None], values, zero), axis=-2)
-    # For few numbers per sample XLA would write all terms to memory before it sums over the samples, unless
-    # these are the last axis.
+    # With few numbers per sample, XLA would write all terms to memory before it sums them, unless the samples
+    # are the last axis.
     return jnp.sum(jnp.where(mask[..., None, :], jnp.swapaxes(values, -1, -2), zero), axis=-1)
 
 
 def _sum_runs(values: jax.Array, key: jax.Array) -> jax.Array:
     """The sum of the `(N, K)` values of each run of equal sorted keys, at the first sample of the run.
 
-    Within a block all pairs of keys are compared. A run that goes on beyond its block gets the sums with
-    which the later blocks begin.
+    Within a block all pairs of keys are compared. To the last run of a block the first runs of later blocks
+    are added, if they have the same key.
     """
     number, width = values.shape
     size = _BLOCK if _known_at_most(number, 2**16) else 4 * _BLOCK  # The blocks are compared in pairs, too.
@@ -118,7 +116,7 @@ def _sum_runs(values: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def assign_slots(labels: jax.Array, used: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
-    """One slot for each class of a flat batch, out of min(N, C).
+    """Assigns one of min(N, C) slots to each class of a flat batch.
 
     Returns the slot of each sample, `NO_CLASS` if the sample is not used, and the class of each slot,
     `NO_CLASS` if the slot has none. No class has two slots. Where C <= N, the slots are the classes.
@@ -146,8 +144,8 @@ def assign_slots_on(
     else:
         last = _last_of_class_by_sorting(labels, used)
     slots = jnp.where(used, last, NO_CLASS).astype(jnp.int32)
-    # Of the samples of a class only one names it. GPUs write rows without atomics, so that of two writes to
-    # one row, as if two slots had its class, one would be lost.
+    # Only the slot of a class names it, and not those of its other samples: of several writes to one row, a
+    # GPU without atomics would lose all but one.
     owns_slot = slots == jnp.arange(labels.size, dtype=jnp.int32)
     return slots, jnp.where(owns_slot, labels, NO_CLASS)
 
@@ -160,20 +158,22 @@ def _last_of_class_by_comparing(labels: jax.Array, used: jax.Array) -> jax.Array
 
 
 def _last_of_class_by_sorting(labels: jax.Array, used: jax.Array) -> jax.Array:
+    """The same, by sorting."""
     key, order = _sort_by_class(labels, used)
     is_last = jnp.concatenate([key[1:] != key[:-1], jnp.ones_like(key[:1], jnp.bool_)])
     position = jnp.arange(labels.size, dtype=jnp.int32)
-    # The end of each sample's run is the next end after it. The sort is stable: in a run positions rise.
+    # The end of a sample's run is the next end at or after it. The sort is stable, so that within a run the
+    # last sample is the one of the highest position.
     end = lax.cummin(jnp.where(is_last, position, NO_CLASS), reverse=True)
     last = order.at[end].get(mode="promise_in_bounds")
     return lax.sort((order, last), num_keys=1)[1]
 
 
 def _last_of_class_by_hashing(labels: jax.Array, used: jax.Array) -> jax.Array:
-    """The same with a hash table of some N places, without sorting and without an array of C entries.
+    """The same, by a hash table of some N places: it needs no sort, and no array of C entries.
 
-    Samples write their position to the place of their label, and the last one wins. Where the winner is of
-    another class, its place is tried again with another hash.
+    Samples write their position to the place of their label, and the last one wins. A sample that finds the
+    position of another class there tries again, at the place of another hash.
     """
     size = labels.size + 1 + labels.size % 2  # Odd, so that every bit of a label changes the remainder.
     position = jnp.arange(labels.size, dtype=jnp.int32)

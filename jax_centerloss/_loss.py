@@ -36,8 +36,8 @@ def init_centers(
         `PartitionSpec`. By default JAX chooses: one device, or replicated on the devices of the mesh.
         `PartitionSpec("classes", None)` shards it by class over the mesh axis "classes". Each device draws
         its own shard, and the numbers are those of the table without a mesh. A
-        `jax.experimental.layout.Format` also sets the memory layout, which TPUs want row by row (inside of
-        `jit`, the `out_shardings` of the outermost program decide about it).
+        `jax.experimental.layout.Format` also sets the memory layout, for a TPU that keeps rows together.
+        Inside of `jit` the layout is that of the outermost program's `out_shardings`.
 
     Returns:
       `{"centers": array}`, the array of shape `(C, D)`.
@@ -54,7 +54,7 @@ def init_centers(
       >>> params["centers"].shape
       (10, 2)
     """
-    _checks.check_floating(dtype, "dtype", _options.FLOAT_DTYPES)
+    _checks.check_floating(dtype, "dtype", _options.FLOAT_ADVICE)
     shape = _options.as_shape(num_classes, feat_dim)
 
     def check(leaf: Any) -> jax.Array:
@@ -134,11 +134,11 @@ def center_loss(
     clip = _options.as_clip(clip)
     rows, in_range = _table.gather_own_rows(centers, labels, x)
     if weights is not None:
-        # The derivative by a weight is the loss of its sample, also for a weight of 0. If that loss is not
-        # finite the sample is left out, since 0 * NaN is NaN.
+        # Samples of weight 0 are used, since the derivative of the sum by a weight is the loss of its sample.
+        # They are left out if that loss is NaN or infinite, since 0 * NaN is NaN.
         distance = lax.stop_gradient(squared_distance(x.astype(rows.dtype), rows, in_range, used))
         used = used & ((weights != 0) | (in_range & jnp.isfinite(distance)))
-    losses = _clamped_distance(rows, x, in_range, used, clip=clip, num_classes=centers.shape[0])
+    losses = _sample_losses(rows, x, in_range, used, clip=clip, num_classes=centers.shape[0])
     if reduce_fn is None:
         return losses if weights is None else losses * weights.astype(losses.dtype)
     reduce = weighted_sum if reduce_fn is jnp.sum else weighted_mean
@@ -159,14 +159,14 @@ def weighted_mean(
     values: jax.Array, used: jax.Array, weights: jax.Array | None = None, axis_name: AxisName = None
 ) -> jax.Array:
     """The weighted mean over the used samples of the whole batch; 0 if there are none."""
-    total_weight = sum_of_weights(used, weights, axis_name, values.dtype)
-    return weighted_sum(values, used, weights, axis_name) / total_weight
+    denominator = mean_denominator(used, weights, axis_name, values.dtype)
+    return weighted_sum(values, used, weights, axis_name) / denominator
 
 
-def sum_of_weights(
+def mean_denominator(
     used: jax.Array, weights: jax.Array | None, axis_name: AxisName, dtype: DTypeLike
 ) -> jax.Array:
-    """The number of used samples of the whole batch, or the sum of their weights. A sum of 0 becomes 1."""
+    """The denominator of a mean: the number of used samples, or the sum of their weights; 1 instead of 0."""
     if weights is None:
         return jnp.maximum(count(used, axis_name), 1).astype(dtype)
     total = weighted_sum(weights.astype(dtype), used, axis_name=axis_name)
@@ -179,7 +179,7 @@ def count(used: jax.Array, axis_name: AxisName = None) -> jax.Array:
     return number if axis_name is None else lax.psum(number, axis_name)
 
 
-def _clamped_distance(
+def _sample_losses(
     rows: jax.Array, x: jax.Array, in_range: jax.Array, used: jax.Array, *, clip: Clip, num_classes: int
 ) -> jax.Array:
     """The loss of each sample: NaN for a used label that is out of range, 0 for an unused sample."""
@@ -203,7 +203,7 @@ def squared_distance(x: jax.Array, rows: jax.Array, in_range: jax.Array, used: j
     """`|x - row|²` of each sample. The masks do not change it, only its derivative.
 
     In the derivative the differences of unused samples are set to 0 before they are multiplied, since
-    0 * NaN is NaN, and a label out of range has no gradient for its row. Without a rule of its own the mask
+    0 * NaN is NaN, and a label out of range gives no gradient to a center. Without this custom JVP the mask
     would have to be inside of the square, and XLA would compute `x - rows` several times.
     """
     del in_range, used

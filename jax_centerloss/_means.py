@@ -92,7 +92,7 @@ def _init_state(centers: jax.Array) -> _State:
 
 @_placement.jit_on_auto_axes(_placement.replicated_sharding)
 def _find_unseen(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The number of classes without samples, and the first of them."""
+    """The number of classes without samples, and the first 8 of them."""
     unseen = counts == 0
     first = jnp.flatnonzero(unseen, size=_NAMED, fill_value=counts.shape[0])
     return jnp.sum(unseen, dtype=jnp.int32), _placement.replicate(first, _placement.mesh_of(counts))
@@ -118,7 +118,7 @@ def _add_batch(state: _State, batch: _batch.Batch) -> _State:
     start = jnp.where((before > 0)[:, None], old_means, x[sample])
     difference = x - start.at[slots].get(mode="clip")
     sums = jax.ops.segment_sum(difference, slots, number)
-    # Compensated summation: the exact mean is `start + lost`, to twice the digits.
+    # Compensated summation: the mean so far is `start + lost`, to twice the digits.
     lost = _table.gather_class_rows(remainder, classes).astype(x.dtype)
     share = 1 / jnp.maximum(before + new, 1).astype(x.dtype)
     step = lost + share[:, None] * (sums - new.astype(x.dtype)[:, None] * lost)

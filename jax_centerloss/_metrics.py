@@ -31,22 +31,23 @@ def center_metrics(
     cause is a step that is scaled by the weight of the loss, see `with_center_optimizer`.
 
     The cost is O(N·D), and for `gap` O(N·min(C, 1024)·D). `gap` is exact up to 1,024 classes. Beyond, only
-    1,024 evenly spaced ones are searched, and the nearest center may be nearer. The derivative of a distance
-    of 0 is 0.
+    1,024 evenly spaced ones are searched, and it is an upper bound. The derivative of a distance of 0 is 0.
 
-    In a jitted step that moves the centers, pass the centers from before the move, and the metrics in
-    `after`. `previous` is a copy that is kept outside of such a step, since the step donates its centers.
+    In a jitted step that moves the centers, compute the metrics from the centers before the move, and pass
+    them to the move in `after`. `previous` is a copy that you keep outside of the step, which donates its
+    centers.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
       x: features `(..., D)`, floating point.
       labels: integer classes `(...)`. Negative ones are ignored. A label `>= C` raises; under `jit`, where
-        its value is not known, it makes the distances NaN.
+        its value is not known, it makes `own_distance` and `gap` NaN.
       where: boolean `(...)`, the samples to use; all by default.
       weights: real numbers `(...)`, not negative: a sample of weight k counts as k samples, of weight 0 as
-        none. A negative weight raises; under `jit` it makes the distances NaN.
+        none. A negative weight raises; under `jit` it makes `own_distance` and `gap` NaN.
       previous: earlier centers, in the form of `params`: a copy from some steps ago, such as an epoch. The
-        array that `params` holds is refused, and so is the state of the same NNX module, which follows it.
+        array in `params` itself is refused, and so is the state of the same NNX module, which changes with
+        the module.
       axis_name: inside `shard_map`, `pmap` or `vmap`, the mapped axis (or axes) over which the batch is
         split: means and counts are then over the whole batch.
 

@@ -1,4 +1,4 @@
-"""An optimizer of the centers' own, beside that of the model."""
+"""A separate optimizer for the centers."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -20,9 +20,10 @@ OWNER = {"owner": "jax_centerloss.CenterLoss"}
 class CenterOptimizerState(NamedTuple):
     """Which leaves are centers, and the state of the two optimizers.
 
-    `centers` is the tree of the params with an `EmptyState` for each leaf that is centers and a `MaskedNode`
-    for any other. It has no arrays, so that it passes through `jit` and checkpoints. `update` can't find the
-    centers again: NNX passes bare arrays to it, without the metadata of their Variables.
+    `centers` is the tree of the params with an `EmptyState` in place of each leaf of centers, and a
+    `MaskedNode` in place of any other. `init` stores it, since NNX passes bare arrays to `update`, without
+    the metadata that tell which are centers. It has no arrays, so that it passes through `jit` and
+    checkpoints.
     """
 
     centers: Any
@@ -52,8 +53,8 @@ def with_center_optimizer(
 
     The gradient of `cross_entropy + lam * center_loss` by the centers is proportional to `lam`.
     `weight=lam` divides by it, so that the learning rate of the centers does not depend on `lam`. Without it,
-    centers move `lam` times as far. Clip gradients inside of `tx`: around this transformation, the norm would
-    include the gradient of the centers.
+    SGD moves the centers `lam` times as far. Clip gradients inside of `tx`: around this transformation, the
+    norm would include the gradient of the centers.
 
     Args:
       tx: the model's optimizer.
@@ -71,7 +72,7 @@ def with_center_optimizer(
     Raises:
       TypeError: if `tx` or `centers` is not an optax transformation, `weight` is neither a number nor a
         function, or `select` is no function.
-      ValueError: on `init`, if no leaf holds centers, or several may.
+      ValueError: if `weight` is negative or NaN; on `init`, if no leaf holds centers, or several may.
 
     Example:
       >>> import jax.numpy as jnp, optax, jax_centerloss
@@ -98,7 +99,7 @@ def with_center_optimizer(
     chains = {"centers": own, "model": tx}
 
     def split_by(labels: Any) -> optax.GradientTransformationExtraArgs:
-        # As a function: labels have the type of the model, and optax would call a model that is callable.
+        # In a function, since optax calls labels that are callable: they are a pytree of the model's class.
         return optax.partition(chains, lambda _: labels)
 
     def init(params: Any) -> CenterOptimizerState:
@@ -204,7 +205,7 @@ def _labels(marks: Any) -> Any:
 
 
 def _bare(tree: Any) -> Any:
-    """The tree with arrays instead of Flax's Variables, which may not hold optax's `MaskedNode`."""
+    """The tree without Flax's Variables: they would hold optax's `MaskedNode`s, where it expects nodes."""
     return jax.tree.map(_content, tree, is_leaf=_is_variable)
 
 

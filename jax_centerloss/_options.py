@@ -20,7 +20,7 @@ ReduceFn = Callable[..., Any] | None
 CLIP = (1e-12, 1e12)  # The clamp of the PyTorch module.
 RULES = ("paper", "gradient", "mean")
 CENTERS_AS = ("param", "state")
-FLOAT_DTYPES = "Centers are drawn as floats: take jnp.float32 or jnp.bfloat16, say."
+FLOAT_ADVICE = "Centers are drawn as floats: take jnp.float32 or jnp.bfloat16, say."
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -98,7 +98,7 @@ def check_module(
     as_clip(clip)
     check_reduce_fn(reduce_fn)
     check_choice("centers_as", centers_as, CENTERS_AS)
-    _checks.check_floating(param_dtype, "dtype", FLOAT_DTYPES)
+    _checks.check_floating(param_dtype, "param_dtype", FLOAT_ADVICE)
     if not callable(centers_init):
         raise TypeError(
             "centers_init must be a function of a key, a shape and a dtype, got "
@@ -109,7 +109,7 @@ def check_module(
 
 
 def as_sharding(out_sharding: OutSharding, shape: tuple[int, int]) -> NamedSharding | Format:
-    """`out_sharding` with a mesh, that of the context for a `PartitionSpec`, checked against the shape."""
+    """`out_sharding`, checked against the shape. A `PartitionSpec` gets the mesh of the context."""
     if not isinstance(out_sharding, OutSharding):
         raise TypeError(
             "out_sharding must be a jax.sharding.PartitionSpec or NamedSharding, or a "
@@ -146,7 +146,8 @@ def _check_shards(sharding: NamedSharding, shape: tuple[int, int]) -> None:
     for name, size, entry in zip(("num_classes", "feat_dim"), shape, spec, strict=False):
         shards = math.prod(sharding.mesh.shape[axis] for axis in _placement.mesh_axes(entry))
         if size % shards:
+            unused = ": a class that no label names stays as it is" if name == "num_classes" else ""
             raise ValueError(
                 f"{name}={size} does not divide into {shards} shards, by out_sharding={spec}. "
-                f"Round it up to {-(-size // shards) * shards}: a class that no label names stays as it is."
+                f"Round it up to {-(-size // shards) * shards}{unused}."
             )

@@ -74,10 +74,10 @@ def reshard_like_samples(array: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def place_like_table(leaf: jax.Array, centers: jax.Array) -> jax.Array:
-    """Places a leaf of an optimizer's initial state where the first step would leave it.
+    """Places a leaf of an optimizer's initial state as the first step returns it.
 
-    A scalar is replicated on the devices of the centers; a table gets the memory layout of the centers.
-    Otherwise the second step would be compiled again, for other input shardings. Tracers stay as they are.
+    A scalar is replicated on the devices of the centers, and a table gets the memory layout of the centers.
+    With another placement the second step would be compiled again. Tracers stay as they are.
     """
     placed = leaf
     if any(isinstance(a, jax.core.Tracer) or not isinstance(a, jax.Array) for a in (leaf, centers)):
@@ -95,14 +95,14 @@ def place_like_table(leaf: jax.Array, centers: jax.Array) -> jax.Array:
 def jit_on_auto_axes(
     out_sharding: Callable[..., Any], **jit_options: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator: `jax.jit`, with Explicit mesh axes turned into Auto ones inside of the function.
+    """A decorator: `jax.jit`, with Explicit mesh axes turned into Auto axes inside of the function.
 
-    `out_sharding(*arrays)` returns the shardings of the results. It is asked only where there are Explicit
-    axes; on Auto axes XLA infers them.
+    `out_sharding(*arrays)` returns the shardings of the results. It is called only if the mesh has Explicit
+    axes; on Auto axes XLA infers the shardings.
     """
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        # Inlined into the caller's program, so that XLA computes what loss and update share only once.
+        # Inlined into the caller's program, where XLA computes once what the loss and the update share.
         @partial(jax.jit, inline=True, **jit_options)
         @wraps(function)
         def program(*arrays: Any, **static: Any) -> Any:
@@ -134,10 +134,10 @@ def draw_sharded(draw: Callable[[jax.Array], Any], key: jax.Array, out: NamedSha
 
 
 def replicate(array: jax.Array, mesh: AbstractMesh | None) -> jax.Array:
-    """Replicates `array` on every device of `mesh`.
+    """Replicates `array` on the devices of `mesh`, in a program that does not run inside `shard_map`.
 
-    A batch is replicated before it is scattered into a table. For sharded updates XLA would scatter each
-    shard into a table of its own and all-reduce these tables.
+    Values have to be replicated before they are scattered into a table. If they are sharded, XLA makes each
+    device scatter its shard into a full table of zeros, and all-reduces these tables.
     """
     if mesh is None:
         return array if jax.device_count() == 1 else _replicate_on_unknown_mesh(array)
@@ -145,7 +145,7 @@ def replicate(array: jax.Array, mesh: AbstractMesh | None) -> jax.Array:
         return array
     sharding = NamedSharding(mesh, P(*(None,) * array.ndim))
     array = reshard(array, sharding)
-    # A constraint is for XLA, so it has no meaning outside of `jit`.
+    # Outside of `jit` operations run one by one, and the array is replicated where that is needed.
     if AxisType.Auto in mesh.axis_types and isinstance(array, jax.core.Tracer):
         array = lax.with_sharding_constraint(array, sharding)
     return array
@@ -154,8 +154,8 @@ def replicate(array: jax.Array, mesh: AbstractMesh | None) -> jax.Array:
 def _replicate_on_unknown_mesh(array: jax.Array) -> jax.Array:
     """Replicates `array` under `jit` on Auto axes, where tracing does not show the mesh.
 
-    A gather at replicated indices has a replicated result. The barrier hides from XLA that these indices are
-    0, 1, 2, ..., for which it would drop the gather.
+    XLA replicates the result of a gather whose indices are replicated. So this gathers at 0, 1, 2, ...; the
+    barrier hides these numbers from XLA, which would remove the gather.
     """
     hidden_zero = lax.optimization_barrier(jnp.zeros((), jnp.int32))
     identity = jnp.arange(array.shape[0], dtype=jnp.int32) + hidden_zero
@@ -163,9 +163,9 @@ def _replicate_on_unknown_mesh(array: jax.Array) -> jax.Array:
 
 
 def num_stripes(centers: jax.Array) -> int:
-    """How many equal parts of consecutive classes the table has, so that no part crosses a shard's end.
+    """Into how many equal runs of classes to cut the table, so that each run is in one shard.
 
-    Auto axes do not show the number of shards, but it divides the number of devices.
+    On Auto axes the number of shards is not known, but it divides the number of devices.
     """
     mesh = mesh_of(centers)
     return math.gcd(centers.shape[0], jax.device_count() if mesh is None else mesh.size)

@@ -20,17 +20,17 @@ def seed_of(rounding_key: jax.Array | None, *tables: Any) -> jax.Array | None:
 
 
 def round_rows(
-    rows: jax.Array, classes: jax.Array, dtype: DTypeLike, seed: jax.Array | None, table: int = 0
+    rows: jax.Array, classes: jax.Array, dtype: DTypeLike, seed: jax.Array | None, table_index: int = 0
 ) -> jax.Array:
     """Casts `rows (S, ...)` of `classes (S,)` to `dtype`, stochastically if there is a seed.
 
-    The random bits of a number are a function of the seed, the class, the column and the number of the table.
-    So they are the same on every platform, in every order of the batch and for every sharding.
+    The random bits of an entry are a function of the seed, the class, the column and the index of the table,
+    so that they are the same on every platform, in every order of the batch and for every sharding.
     """
     if seed is None or not is_half(dtype) or not jnp.issubdtype(rows.dtype, jnp.floating):
         return rows.astype(dtype)
     flat = rows.reshape(rows.shape[0], -1).astype(jnp.float32)
-    words = _random_words(seed + np.uint32(table), classes, flat.shape[1])
+    words = _random_words(seed + np.uint32(table_index), classes, flat.shape[1])
     return _round_stochastically(flat, words, jnp.dtype(dtype)).reshape(rows.shape)
 
 
@@ -43,7 +43,7 @@ def _random_words(seed: jax.Array, classes: jax.Array, columns: int) -> jax.Arra
     """`(S, columns)` random words: a hash of seed, class and column.
 
     Rounding needs words that are uniform and show no pattern along rows, columns and seeds. On a CPU
-    `jax.random.bits`, which promises more, takes over twice as long as the step whose result it would round.
+    `jax.random.bits` takes over twice as long as the whole update of the centers.
     """
     rows = _mix(seed[0] + classes.astype(jnp.uint32) * np.uint32(0x9E3779B9))
     offsets = jnp.arange(columns, dtype=jnp.uint32) * np.uint32(0x85157AF5)
@@ -62,7 +62,8 @@ def _round_stochastically(x: jax.Array, words: jax.Array, dtype: Any) -> jax.Arr
     """Rounds float32 `x` to one of its two neighbours in `dtype`, so that the mean of the result is `x`.
 
     With `u` uniform in [0, 1), a magnitude of `q` units in the last place is rounded to `floor(q + u)`, whose
-    mean is `q`. `q` and `u` are integers here, in fractions of a unit, so that `q + u` is exact.
+    mean is `q`. Both are integers here, in fractions of a unit, so that the sum is exact. Numbers between
+    the largest one of `dtype` and the next power of two are rounded down.
     """
     half, single = jnp.finfo(dtype), jnp.finfo(jnp.float32)
     x = _groups.call_for_platform(_barrier_on_cpu, x)
@@ -78,7 +79,7 @@ def _round_stochastically(x: jax.Array, words: jax.Array, dtype: Any) -> jax.Arr
         small = ((units + (words >> (32 - fraction))) >> fraction).astype(jnp.float32)
         small = small * np.float32(half.smallest_subnormal)
         rounded = jnp.where(jnp.abs(x) < np.float32(half.smallest_normal), small, rounded)
-    # What a cast would make infinite, infinity and NaN are left to the cast.
+    # Larger numbers, infinity and NaN are left to the cast.
     overflows = bits >= largest + np.uint32(1 << dropped)
     return jnp.where(overflows, x, jnp.copysign(rounded, x)).astype(dtype)
 

@@ -16,8 +16,9 @@ from jax_centerloss import _table
 def init_state(
     tx: optax.GradientTransformation, centers: jax.Array, state_dtype: DTypeLike | None = None
 ) -> Any:
-    """The state of `tx`, with tables in the compute dtype or in `state_dtype`."""
-    # Some transformations raise if the dtype of their state changes in the first step.
+    """The state of `tx` for centers in the compute dtype, with its tables cast to `state_dtype` if given."""
+    # With centers in half precision, some transformations would change the dtype of their state in the first
+    # step, and raise.
     state = tx.init({"centers": centers.astype(_table.compute_dtype(centers))})
     return state if state_dtype is None else map_tables(tx, partial(_cast_floats, dtype=state_dtype), state)
 
@@ -31,7 +32,7 @@ def compute_steps(
     seed: jax.Array | None = None,
     state_dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, Any]:
-    """The updates of `tx` for the rows of `classes`, from their `gradient`, and its new state."""
+    """Returns the updates of `tx` for the rows of `classes`, and its new state with all rows."""
     dtype = _table.compute_dtype(centers)
     rows = _table.gather_class_rows(centers, classes).astype(dtype)
     row_state = map_tables(tx, lambda table: _table.gather_class_rows(table, classes), state)
@@ -42,8 +43,8 @@ def compute_steps(
     table_numbers = itertools.count(1)  # For the rounding; the table of centers has number 0.
 
     def write(new_rows: jax.Array, old_rows: jax.Array, table: jax.Array) -> jax.Array:
-        # The write waits for the read. Where new rows do not depend on old ones, as for a state that keeps
-        # the last gradient, XLA could write first, and would copy the table.
+        # The write waits for the read. If new rows do not depend on old rows, as in a state that keeps the
+        # last gradient, XLA could write first, on a copy of the table.
         was_read = _table.true_after(old_rows.reshape(-1)[:1])
         at = jnp.where(was_read, classes, centers.shape[0])
         return _table.set_rows(table, at, new_rows, seed, next(table_numbers))
@@ -75,8 +76,11 @@ def with_tables_of(tx: optax.GradientTransformation, state: Any, other: Any) -> 
 
 
 def tables_of(tx: optax.GradientTransformation, state: Any) -> list[jax.Array]:
-    """The leaves of an optimizer's state that have an entry for each row of the centers."""
-    marks, leaves = jax.tree.leaves(_is_table(tx, state)), jax.tree.leaves(state)
+    """The leaves of an optimizer's state that `tx` has made from the centers, unless they are scalars.
+
+    If `tx` is row-separable, each has an entry for every row of the centers.
+    """
+    marks, leaves = jax.tree.leaves(_table_marks(tx, state)), jax.tree.leaves(state)
     return [leaf for is_table, leaf in zip(marks, leaves, strict=True) if is_table]
 
 
@@ -88,10 +92,10 @@ def map_tables(
     def apply(is_table: bool, leaf: Any, *rest: Any) -> Any:
         return function(leaf, *rest) if is_table else leaf
 
-    return jax.tree.map(apply, _is_table(tx, state), state, *others)
+    return jax.tree.map(apply, _table_marks(tx, state), state, *others)
 
 
-def _is_table(tx: optax.GradientTransformation, state: Any) -> Any:
+def _table_marks(tx: optax.GradientTransformation, state: Any) -> Any:
     return optax.tree_utils.tree_map_params(
         tx, lambda leaf: jnp.ndim(leaf) > 0, state, transform_non_params=lambda leaf: False
     )

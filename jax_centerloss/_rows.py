@@ -27,7 +27,7 @@ from jax_centerloss._table import AxisName
 from jax_centerloss._update import AFTER_ADVICE
 
 _STATE_DTYPES = ("bfloat16", "float32", "float64")
-_NO_FLOAT16 = "The squares of gradients that Adam keeps are often below the smallest number of float16."
+_FLOAT16_ADVICE = "In float16 the squared gradients that Adam keeps often underflow."
 
 
 class RowOptimizer(NamedTuple):
@@ -41,24 +41,26 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
     """Moves the centers of the batch's classes by an optax transformation, and touches no other row.
 
     It does to these rows what `tx` would do with a dense gradient, at a cost that does not grow with the
-    number of classes. Of the centers and of the optimizer's state (momentum, Adam's moments) it reads and
-    writes the rows of the batch's classes, each once, however many samples a class has. All other rows keep
+    number of classes. Of the centers and of the optimizer's state (momentum, Adam's moments) it writes only
+    the rows of the batch's classes, each once, however many samples a class has. All other rows keep
     their center and their state, while a dense optimizer would also move them by momentum or weight decay.
     Scalars of the state, such as Adam's count of steps, change in every step.
 
     `tx` sees `{"centers": rows}`. Its learning rate is that of the centers, and does not depend on the weight
     of the loss. SGD, momentum, Adam and its relatives, AdaGrad, RMSProp, Lion, weight decay, schedules,
-    clipping by value and by the global norm, `inject_hyperparams` and chains of them work. A transformation
-    that needs more than the gradient, state and center of a row is refused: LAMB, LARS, Muon, Adafactor,
-    clipping by the norm of a block, added noise, `MultiSteps`, or one that needs the `value` of the loss.
+    clipping by value and by the global norm (of the batch's rows), `inject_hyperparams` and chains of them
+    work. A transformation is refused if the step of a row depends on rows outside of the batch, or needs more
+    than gradients, state and centers: LAMB, LARS, Muon, Adafactor, clipping by the norm of a block, added
+    noise, `MultiSteps`, or one that needs the `value` of the loss.
 
     With the same `rule`, `row_optimizer(optax.sgd(alpha))` is `update_centers`; the default here is
     `"gradient"`. The Caffe layer of the paper is `row_optimizer(optax.sgd(alpha, momentum=0.9))` with
     `rule="paper"`, as long as the rate is constant and every class is in every batch.
 
     Construction tries `tx` on a small table, which takes up to a second. In a program of several processes it
-    has to come after `jax.distributed.initialize()`. `tx` computes in float32 (float64 for float64 centers),
-    and its state has that dtype also for centers in half precision, unless `state_dtype` is given.
+    has to come after `jax.distributed.initialize()`. `tx` gets gradients and centers in float32 (float64 for
+    float64 centers), also for centers in half precision, and its state has the dtypes that it chooses for
+    these, unless `state_dtype` is given.
 
     Args:
       tx: an optax transformation.
@@ -78,7 +80,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
       written in place.
 
     Raises:
-      TypeError: if `tx` is not an optax transformation.
+      TypeError: if `tx` is not an optax transformation, or holds traced values.
       ValueError: if `tx` is not row-separable, or on another `state_dtype`; on `update`, if `state` is not of
         this optimizer and these centers, if its dtype needs a `rounding_key`, and what `update_centers`
         raises.
@@ -92,12 +94,12 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
     """
     if isinstance(tx, RowOptimizer) or not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"tx must be an optax transformation, such as optax.sgd(0.5), got {tx!r}.")
-    state_dtype = _options.as_dtype("state_dtype", state_dtype, _STATE_DTYPES, _NO_FLOAT16)
+    state_dtype = _options.as_dtype("state_dtype", state_dtype, _STATE_DTYPES, _FLOAT16_ADVICE)
     separability = _separability.find_separability(tx)
     if separability.problem is not None:
         raise ValueError(
-            f"this transformation can't work row by row: {separability.problem}. Leave out the part of "
-            "it that does so, or give the centers the dense optimizer by `with_center_optimizer`."
+            f"this transformation can't work row by row: {separability.problem}. Remove that part "
+            "of it, or give the centers the dense optimizer by `with_center_optimizer`."
         )
 
     init_state = partial(_row_steps.init_state, tx, state_dtype=state_dtype)
@@ -185,7 +187,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
             return moved
         gradient = -directions.scale[:, None] * directions.sums()
         if platform == "gpu":
-            # There the sums of slots without a class are arbitrary. They may not enter a norm over all rows.
+            # On a GPU the sums of slots without a class are arbitrary. They must not enter a norm over rows.
             has_class = (directions.classes < centers.shape[0])[:, None]
             gradient = jnp.where(has_class, gradient, jnp.zeros((), gradient.dtype))
         return move_rows(centers, state, directions.classes, gradient, seed)
@@ -203,7 +205,11 @@ def _move_in_blocks(
     *,
     size: int,
 ) -> tuple[jax.Array, Any]:
-    """`move_rows` on `size` slots at a time, each block from the same scalars of the state."""
+    """`move_rows` on `size` slots at a time.
+
+    Every block starts from the old scalars of the state, such as Adam's count of steps, and the new state has
+    the scalars that the first block returned.
+    """
     blocks, block = directions.blocks(size)
 
     def move_block(i: Any, centers: jax.Array, state: Any) -> tuple[jax.Array, Any]:
@@ -217,5 +223,4 @@ def _move_in_blocks(
     centers, first = move_block(0, centers, state)
     carry = centers, _row_steps.with_tables_of(tx, state, first)
     centers, last = lax.fori_loop(1, blocks, move_next, carry)
-    # The scalars after one step, and the tables after the last block.
     return centers, _row_steps.with_tables_of(tx, first, last)

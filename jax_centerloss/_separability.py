@@ -25,19 +25,19 @@ _TRIAL = (
     ([7, 3, 4], 1.0),
     ([5, 129, 9], 1e8),
 )
-# What these transformations do differs only after more steps than the trial has.
+# These are not row-separable, but the trial is too short to show it.
 _ACCUMULATES = (optax.MultiStepsState, optax.ApplyEvery, optax.contrib.SAMState, optax.contrib.MechanicState)
 
 
 class Separability(NamedTuple):
     problem: str | None = None  # Why the transformation can't work by rows.
-    in_blocks: bool = False  # Whether blocks of rows can be moved one after the other: no row sees another.
+    in_blocks: bool = False  # Whether the rows of a batch can be moved in blocks: none depends on another.
 
 
 def find_separability(tx: optax.GradientTransformation) -> Separability:
     """Compares `tx` on some rows with a dense step on a small table, over a few steps.
 
-    One gradient is NaN on purpose, which is not for the user's `jax_debug_nans` to report.
+    In each step a gradient is NaN on purpose, which the user's `jax_debug_nans` should not report.
     """
     with (
         jax.ensure_compile_time_eval(),
@@ -47,7 +47,7 @@ def find_separability(tx: optax.GradientTransformation) -> Separability:
         jax.debug_infs(False),
     ):
         try:
-            return _try(tx)
+            return _run_trial(tx)
         except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
             raise TypeError(
                 "tx holds values that are being traced. Make the row optimizer outside of jit and vmap: "
@@ -59,13 +59,13 @@ def find_separability(tx: optax.GradientTransformation) -> Separability:
             )
 
 
-def _try(tx: optax.GradientTransformation) -> Separability:
+def _run_trial(tx: optax.GradientTransformation) -> Separability:
     rng = np.random.default_rng(0)
     centers = jnp.asarray(rng.normal(size=(_NUM_CLASSES, _FEAT_DIM)), jnp.float32)
     slope = rng.normal(size=centers.shape).astype(np.float32)
     state = _row_steps.init_state(tx, centers)
     if any(map(_accumulates, jax.tree.leaves(state, is_leaf=_accumulates))):
-        return Separability("it adds up or adapts over several calls, and each of them has other classes")
+        return Separability("it accumulates or adapts over several calls, which have different classes")
     for table in _row_steps.tables_of(tx, state):
         if table.shape[0] != _NUM_CLASSES:
             return Separability(f"tried on centers {centers.shape}, it keeps state of shape {table.shape}")
@@ -85,7 +85,7 @@ def _try(tx: optax.GradientTransformation) -> Separability:
         in_blocks &= _all_close(steps[:-1], in_two_parts[:-1])
         in_blocks &= _nan_stays_in_its_row(by_rows, tx, centers, state, classes, gradients)
         if not all(_all_close((steps[:-1], state), other) for other in expected):
-            return Separability("the step of one row depends on other rows, or on their number")
+            return Separability("the step of a row depends on rows outside of the batch, or on their number")
         centers = _table.add_to_rows(centers, classes, steps)
     return Separability(in_blocks=in_blocks)
 

@@ -1,4 +1,4 @@
-"""The class table: the one place that knows index modes and in-place writes."""
+"""Reads and writes of the class table, which keep it in place."""
 
 from collections.abc import Hashable
 from functools import partial
@@ -25,9 +25,9 @@ def compute_dtype(*arrays: jax.Array) -> Any:
 def gather_own_rows(centers: jax.Array, labels: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The center of each sample's class, sharded as `x` is, and whether the label is in `[0, C)`.
 
-    The row of a label out of range is arbitrary. The gather depends on the labels only and masks are applied
-    to its result, so that loss and update issue the same gather and XLA runs it once. Rows are in the
-    compute dtype, and so are their cotangents when these are summed by class.
+    The row of a label out of range is arbitrary. No mask enters the gather, so that loss and update issue the
+    same gather, which XLA then runs once. Rows are in the compute dtype: their gradients are summed by class
+    in that dtype, and cast to the dtype of the centers after that.
     """
     if not labels.ndim:  # JAX can't gather a single row of a table that is sharded over Explicit axes.
         rows, in_range = gather_own_rows(centers, labels[None], x[None])
@@ -47,7 +47,8 @@ def _gather(centers: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
 def _gather_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     """Gathers rows of the tangent, in a form whose transpose scatters into a single table.
 
-    The index is replicated: the transpose of a gather at a sharded index scatters into one table per shard.
+    The index is replicated, since the transpose of a gather at a sharded index scatters into a table for
+    each shard.
     """
     centers, index, x = primals
     rows = _gather(centers, index, x)
@@ -58,17 +59,18 @@ def _gather_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     # The cast comes before the gather, so that the transpose sums over samples before it casts back.
     tangent = tangents[0].astype(rows.dtype)
     if mesh is not None and jax.__version_info__ < (0, 10):
-        # JAX 0.7 can't differentiate `lax.platform_dependent` on Explicit axes.
+        # JAX before 0.10 can't differentiate `lax.platform_dependent` on Explicit axes.
         gathered = _gather_tangent(tangent, index, platform=jax.default_backend())
     else:
         gathered = _groups.call_for_platform(_gather_tangent, tangent, index)
-    # The transpose of `replicate`: its own transpose, in the backward pass, replicates the cotangents.
+    # The transpose of `replicate` is applied here, so that the backward pass applies `replicate` itself: to
+    # the cotangents, before they are scattered.
     (gathered,) = jax.linear_transpose(partial(_placement.replicate, mesh=mesh), rows)(gathered)
     return rows, gathered
 
 
 def _gather_tangent(tangent: jax.Array, index: jax.Array, *, platform: str) -> jax.Array:
-    """`tangent[index]`, the transpose of which sums by class as is fast on `platform`."""
+    """`tangent[index]`, whose transpose sums by class in the way that is fast on `platform`."""
     out_sharding = _placement.sharding_of(index[..., None], tangent)
     if platform != "gpu":
         return tangent.at[index].get(mode="promise_in_bounds", out_sharding=out_sharding)
@@ -97,14 +99,16 @@ def evenly_spaced_rows(centers: jax.Array, most: int) -> tuple[jax.Array, jax.Ar
 def flatten_and_replicate(
     axis_name: AxisName, mesh: AbstractMesh | None, labels: jax.Array, used: jax.Array, *values: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """The whole batch on every device, the axes of the labels and the mapped axis flattened into one."""
+    """Flattens all sample axes, gathers the batch over `axis_name`, and replicates it on the mesh.
+
+    If tracing does not show the mesh, only labels and mask are replicated. Values may stay sharded then: they
+    are scattered at indices made of the labels, and a scatter at replicated indices has a replicated result.
+    """
     arrays, ndim = (labels, used, *values), labels.ndim
     if axis_name is not None:
         arrays, ndim = tuple(_all_gather(a, axis_name) for a in arrays), ndim + 1
     labels, used, *values_ = (a.reshape(-1, *a.shape[ndim:]) for a in arrays)
     if mesh is not None:
-        # Without a known mesh the values stay sharded: they are only scattered at the labels, and a scatter
-        # at replicated indices has a replicated result.
         values_ = [_placement.replicate(a, mesh) for a in values_]
     return _placement.replicate(labels, mesh), _placement.replicate(used, mesh), *values_
 
@@ -122,7 +126,7 @@ def _all_gather(a: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 def gather_class_rows(table: ArrayLike, classes: jax.Array) -> jax.Array:
-    """The rows of `classes`, which are not negative; zeros for a class `>= C`."""
+    """The rows of `classes`, all of them at least 0; zeros for a class `>= C`."""
     rows: jax.Array = jnp.asarray(table).at[classes].get(mode="fill", fill_value=0)
     return rows
 
@@ -130,20 +134,20 @@ def gather_class_rows(table: ArrayLike, classes: jax.Array) -> jax.Array:
 def add_to_rows(
     table: jax.Array, classes: jax.Array, steps: jax.Array, seed: jax.Array | None = None
 ) -> jax.Array:
-    """`table` with `steps` added to the rows of `classes`. No class stands there twice."""
+    """`table` with `steps` added to the rows of `classes`, which may not repeat a class."""
     if table.dtype == steps.dtype:
         return table.at[_unique_indices(table, classes)].add(steps, mode="drop", unique_indices=True)
-    # Rows in half precision are added to in the dtype of the steps, and rounded once.
+    # A sum with rows in half precision is computed in the dtype of the steps, and rounded once.
     return set_rows(table, classes, gather_class_rows(table, classes).astype(steps.dtype) + steps, seed)
 
 
 def set_rows(
     table: ArrayLike, classes: jax.Array, rows: jax.Array, seed: jax.Array | None = None, number: int = 0
 ) -> jax.Array:
-    """`table` with `rows` written at `classes`. No class stands there twice, and one `>= C` is dropped.
+    """`table` with `rows` written at `classes`, which may not repeat a class. Classes `>= C` are dropped.
 
-    With a seed, rows in half precision are rounded stochastically. Several tables that are written with one
-    seed have different numbers.
+    With a seed, rows in half precision are rounded stochastically. Pass another `number` for each table that
+    is written with the same seed.
     """
     table = jnp.asarray(table)
     rows = _rounding.round_rows(rows, classes, table.dtype, seed, number)
@@ -151,9 +155,9 @@ def set_rows(
 
 
 def _unique_indices(table: jax.Array, classes: jax.Array) -> jax.Array:
-    """`classes`, where each one that is not in the table becomes another index beyond its end.
+    """`classes`, with a distinct index beyond the end of the table for each class that is not in it.
 
-    XLA can then be promised unique indices, for which GPUs need no atomic operations.
+    All indices are then unique, and a GPU that is promised so needs no atomic operations.
     """
     end = table.shape[0] + classes.shape[0]
     if isinstance(end, int) and end > 2**31:
@@ -165,9 +169,9 @@ def _unique_indices(table: jax.Array, classes: jax.Array) -> jax.Array:
 def true_after(tree: Any, axis_name: AxisName = None) -> jax.Array:
     """True, computed from every leaf of `tree`, so that what uses it runs after them.
 
-    XLA removes an optimization barrier before it orders reads and writes (jax issue 25399); a value that it
-    can't fold stays. Under a mapped axis the leaves of all devices are awaited: `shard_map` has to know that
-    the result is the same on each.
+    XLA removes an optimization barrier before it orders reads and writes (jax issue 25399), but keeps a value
+    that it can't fold. With `axis_name` it waits for the leaves of all devices: by the `psum`, `shard_map`
+    knows that the result is the same on each.
     """
     true = jnp.ones((), jnp.bool_)
     for leaf in jax.tree.leaves(tree):

@@ -42,19 +42,20 @@ def update_centers(
 
     A sample of weight k counts as k samples in the sums, in `n_j` and in N.
 
-    Call it with the features of the step; they need no `jax.lax.stop_gradient`. Under `jit`, donate the
-    centers so that they are written in place.
+    Call it with the features that the loss gets; they need no `jax.lax.stop_gradient`. Under `jit`, donate
+    the centers so that they are written in place.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
       x: features `(..., D)`, floating point.
       labels: integer classes `(...)`. Negative ones are ignored. A label `>= C` raises; under `jit`, where
         its value is not known, it is ignored.
-      alpha: the rate of the centers, 0.5 in the paper; of a schedule, its value: `schedule(step)`.
+      alpha: the rate of the centers, 0.5 in the paper. If it is a schedule, pass `schedule(step)`.
       rule: `"paper"`, `"gradient"` or `"mean"`.
       where: boolean `(...)`, the samples to use; all by default.
       weights: real numbers `(...)`, not negative: a sample of weight k counts as k samples, of weight 0 as
-        none. A negative weight raises; under `jit` it makes the center of its class NaN.
+        none. A negative weight raises; under `jit` it makes the center of its class NaN, and with
+        `"gradient"` the centers of all classes of the batch.
       axis_name: inside `shard_map`, `pmap` or `vmap`, the mapped axis (or axes) over which the batch is
         split: counts and sums are then over the whole batch.
       after: a pytree, typically the loss, that is computed before the centers are written. Pass everything
@@ -119,7 +120,11 @@ def update_by_rule(
     reduce_fn: ReduceFn,
     differentiable: bool = False,
 ) -> Any:
-    """`update_centers`, where `"gradient"` is that of a loss with this `clip` and `reduce_fn`."""
+    """`update_centers`, where `"gradient"` is that of a loss with this `clip`.
+
+    With `reduce_fn=jnp.sum` it is the gradient of the sum, else of the mean. Unless it is `differentiable`,
+    no gradient passes through the result.
+    """
     centers = _checks.as_table(params)
     batch = _batch.as_batch(x, labels, where, weights, centers)
     _options.check_choice("rule", rule, _options.RULES)
@@ -182,7 +187,7 @@ def _add_in_blocks(
     def add(i: ArrayLike, centers: jax.Array) -> jax.Array:
         return _table.add_to_rows(centers, *block(i), seed)
 
-    # The first block is added before the loop, so that inside `shard_map` the carry varies over the same
-    # mesh axes from the start.
+    # The first block is added before the loop: `shard_map` requires that what goes into a loop varies over
+    # the same mesh axes as what comes out.
     new_centers: jax.Array = lax.fori_loop(1, blocks, add, add(0, centers))
     return new_centers

@@ -124,7 +124,8 @@ def test_lines_are_of_the_writers_asked_for(drawings, tmp_path):
     blank = np.where(drawings.writers[:, None, None] > ocr.TRAIN_WRITERS, np.uint8(0), drawings.images)
     text = ocr.prepare(args, dataclasses.replace(drawings, images=blank))
     drawn = [glyph.max() for glyph in text.glyphs.images]
-    assert len(drawn) == args.variants * np.sum(drawings.writers <= ocr.TRAIN_WRITERS)
+    named = (drawings.writers >= 1) & (drawings.writers <= ocr.TRAIN_WRITERS)  # 0 is of nobody.
+    assert len(drawn) == args.variants * np.sum(named)
     assert min(drawn) > 60
     assert text.train.images.max() > 200
     noise = 20 * 5.5  # Grain of a standard deviation of up to 20, and 5.5 of them.
@@ -136,6 +137,9 @@ def test_lines_of_one_seed_are_the_same(drawings, tmp_path):
     args = ocr.parse_args(arguments(tmp_path))
     text = ocr.prepare(args, drawings)
     first, again, other = (next(ocr.make_lines(args, text, 1, seed)) for seed in ((0, 1), (0, 1), (1, 1)))
+    # NumPy's generator of (1, 0) is that of 1: no lines for judging are those of a training.
+    streams = [(seed, stage) for seed in range(5) for stage in (0, 1)] + [ocr.MEAN_LINES, ocr.TEST_LINES]
+    assert len({np.random.default_rng(seed).integers(2**60) for seed in streams}) == len(streams)
     np.testing.assert_array_equal(first.images, again.images)
     assert not np.array_equal(first.images, other.images)
 
@@ -239,7 +243,7 @@ def test_a_class_without_a_mean_is_nobodys_nearest(monkeypatch):
     monkeypatch.setattr(ocr, "read", lambda *_: reading)
     found, _ = ocr.judge(ocr.Reader(6, "conv", 4, rngs=nnx.Rngs(0)), np.array([1]), lines, lines)
     assert found["own_distance"] == pytest.approx(0, abs=1e-5)
-    assert found["gap"] == pytest.approx(3, abs=1e-4)
+    assert found["ratio"] == pytest.approx(0, abs=1e-5)
     assert (found["cer"], found["lines"], found["wrong"]) == (0, 100, pytest.approx(0))
     assert found["blank"] == pytest.approx(100 * 8 / 12)
 
@@ -268,6 +272,7 @@ def test_what_is_missed_and_the_hardest_quarter():
     np.testing.assert_array_equal(stands, [0, 1, 3, 1, 1])
     np.testing.assert_array_equal(lost, [0, 0, 2, 0, 0])
     np.testing.assert_array_equal(ocr.hardest(reading, lines, 5), [2])
+    np.testing.assert_array_equal(ocr.hardest(reading, lines, 9), [2, 1])  # Never the blank.
 
 
 def test_class_means_are_of_lines_that_are_read_rightly():

@@ -119,7 +119,7 @@ BATCHES = {
 )
 def test_equals_the_dense_optimizer_with_absent_rows_frozen(rng, name, kind, monkeypatch):
     if kind == "blocks":  # Of seven classes, as a large batch has blocks of many.
-        monkeypatch.setattr(_directions, "_BLOCK_SIZE", 7 * D)
+        monkeypatch.setattr(_directions, "_BLOCK_NUMBERS", 7 * D)
     tx, (classes, num, every) = ACCEPTED[name], BATCHES[kind]
     centers = rng.normal(size=(classes, D)).astype(np.float32)
     data = list(batches(rng, classes, num, 5, every=every))
