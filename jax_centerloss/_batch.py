@@ -104,7 +104,7 @@ def _as_per_sample(name: str, array: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _check_concrete_values(labels: ArrayLike, where: Any, weights: Any, num_classes: int) -> None:
-    """Raises on labels `>= C` and negative weights of used samples, if no argument is traced."""
+    """Raises on labels `>= C` and negative weights of used samples, unless one of these arrays is traced."""
     if not (_checks.is_concrete(labels) and _checks.is_concrete(where)):
         return
     values = np.asarray(labels)

@@ -97,7 +97,8 @@ def _fault(
     """The fault where `bad` is True, shown by the greatest label that has it.
 
     So the example is the same on every platform. For `negative` weights it shows the lowest one of that
-    label, else the first of NaN, infinity and minus infinity that it has.
+    label, else the first of NaN, infinity and minus infinity that it has. The message on a label out of range
+    shows no value.
     """
     of_sample = bad if bad.ndim == labels.ndim else jnp.any(bad, axis=-1)
     label = jnp.max(jnp.where(of_sample, labels, jnp.zeros((), labels.dtype)), initial=0)

@@ -28,11 +28,11 @@ class Samples(NamedTuple):
 
 
 def compare_with_centers(centers: jax.Array, batch: Batch, after: Any, axis_name: AxisName) -> Samples:
-    """Computes the differences of a batch from the centers, in the operations of `center_loss`."""
+    """Computes the differences of a batch from the centers."""
     x, labels, used, weights = batch
     rows, in_range = _table.gather_own_rows(centers, labels, x)
     x = x.astype(rows.dtype)
-    # XLA computes once what is the same operation in the loss.
+    # Written as in the loss, so that XLA computes it once for both.
     difference, distance = x - rows, _loss.squared_distance(x, rows, in_range, used)
     used = used & in_range
     values: tuple[jax.Array, ...] = difference, distance
@@ -50,8 +50,10 @@ def compare_with_centers(centers: jax.Array, batch: Batch, after: Any, axis_name
 class Directions(NamedTuple):
     """The direction of class `classes[s]` is `scale[s]` times the sum of the differences of its samples."""
 
-    classes: jax.Array  # (S,), each class once; a class beyond the table in a slot that moves no center.
-    scale: jax.Array  # (S,), NaN if a sample of the class has a distance or weight that is NaN or infinite.
+    classes: jax.Array  # (S,), no class twice; `num_classes`, or higher, in slots that move no center.
+    # (S,), NaN if a sample of the class has a distance or weight that is NaN or infinite. Under "gradient" of
+    # a mean, one NaN weight makes all of them NaN.
+    scale: jax.Array
     values: jax.Array  # (N, D) weighted differences, or on a GPU (S, D) sums of them.
     slots: Any  # (N,), of each sample, out of range if it is not summed; on a GPU None.
 

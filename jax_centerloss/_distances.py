@@ -26,7 +26,7 @@ def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "h
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
       x: features `(..., D)`, floating point.
-      precision: of the matrix product. Below `"highest"`, GPUs and TPUs round the factors to 8 to 11 bits.
+      precision: of the matrix product. With `"default"`, GPUs and TPUs round the factors to 8 to 11 bits.
 
     Returns:
       `(..., C)` squared distances, at least 0, in float32 (float64 if an operand is). A center that is NaN or
@@ -126,7 +126,8 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
 
     Returns:
       int32 labels `(...)`: -1 for a feature vector that is NaN or infinite, or if all centers are. A center
-      that is NaN or infinite is never the nearest.
+      that is NaN or infinite is never the nearest, and neither is one whose squared distance overflows
+      float32.
 
     Raises:
       ValueError: on a shape that does not fit.
@@ -147,8 +148,8 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
 def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
     sharding, label_sharding = _map_sharding(centers, x), _placement.per_sample_sharding(x, centers)
     if sharding is not None:
-        # If both are sharded over one mesh axis, the samples are resharded. XLA might reshard the classes, in
-        # every block.
+        # If both are sharded over one mesh axis, the samples are resharded. XLA might choose to
+        # reshard the classes, in every block.
         x = _placement.reshard(x, NamedSharding(sharding.mesh, P(*sharding.spec[:-1], None)))
     labels: jax.Array = _nearest_in_blocks(centers, x)
     return labels if label_sharding is None else _placement.reshard(labels, label_sharding)

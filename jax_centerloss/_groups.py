@@ -33,11 +33,16 @@ def call_for_platform(function: Callable[..., Any], *arrays: Any) -> Any:
 
 
 class Groups(NamedTuple):
-    """The S slots of a flat batch: each class of the batch has exactly one, and some slots have no class."""
+    """The S slots of a flat batch. Each class of the batch has exactly one.
+
+    If C <= N (on a GPU also C <= 128), the slots are all C classes; one that is not in the batch has a sum of
+    0. Otherwise there are N slots, some of them without a class.
+    """
 
     classes: jax.Array  # (S,), the class of each slot, or `NO_CLASS`.
     slots: Any  # (N,), of each sample, `NO_CLASS` if it is not used; None on a GPU that sorts.
-    # From (N, K) values to (S, K) sums, arbitrary in a slot without a class; except on a GPU also from (N,).
+    # From (N, K) values to (S, K) sums, which are arbitrary where `classes` is `NO_CLASS`. On a CPU or TPU
+    # the values may also be (N,).
     sum: Callable[[jax.Array], jax.Array]
 
 
@@ -60,8 +65,8 @@ def _group_by_sorting(labels: jax.Array, used: jax.Array) -> Groups:
     def sum_by_class(values: jax.Array) -> jax.Array:
         values = values.at[order].get(mode="promise_in_bounds", unique_indices=True)
         if not _known_at_most(key.size, _MOST_COMPARED):
-            # XLA would fuse this gather into the sum, which reads each row once for every row of its block.
-            # For few samples that costs less than one more kernel.
+            # XLA would fuse this gather into the sum, which then gathers each row again for every row of its
+            # block. With few samples that is cheaper than one more kernel, so there is no barrier.
             values = lax.optimization_barrier(values)
         return _sum_runs(values, key)
 

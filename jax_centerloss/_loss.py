@@ -134,8 +134,8 @@ def center_loss(
     clip = _options.as_clip(clip)
     rows, in_range = _table.gather_own_rows(centers, labels, x)
     if weights is not None:
-        # Samples of weight 0 are used, since the derivative of the sum by a weight is the loss of its sample.
-        # They are left out if that loss is NaN or infinite, since 0 * NaN is NaN.
+        # A sample of weight 0 stays in, so that the derivative by its weight is right. It is left out if its
+        # loss is NaN or infinite, since 0 * NaN is NaN.
         distance = lax.stop_gradient(squared_distance(x.astype(rows.dtype), rows, in_range, used))
         used = used & ((weights != 0) | (in_range & jnp.isfinite(distance)))
     losses = _sample_losses(rows, x, in_range, used, clip=clip, num_classes=centers.shape[0])

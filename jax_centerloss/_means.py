@@ -118,7 +118,7 @@ def _add_batch(state: _State, batch: _batch.Batch) -> _State:
     start = jnp.where((before > 0)[:, None], old_means, x[sample])
     difference = x - start.at[slots].get(mode="clip")
     sums = jax.ops.segment_sum(difference, slots, number)
-    # Compensated summation: the mean so far is `start + lost`, to twice the digits.
+    # Compensated summation: `lost` is the part of the mean so far that did not fit into `start`.
     lost = _table.gather_class_rows(remainder, classes).astype(x.dtype)
     share = 1 / jnp.maximum(before + new, 1).astype(x.dtype)
     step = lost + share[:, None] * (sums - new.astype(x.dtype)[:, None] * lost)

@@ -92,14 +92,16 @@ def with_center_optimizer(
         )
     if weight is not None:
         if not callable(weight):
-            number = _checks.as_scalar("weight", weight, "Pass λ as a number, or as an optax schedule.")
+            number = _checks.as_scalar(
+                "weight", weight, "Pass λ as a number, or as a schedule that returns one."
+            )
             if _checks.is_concrete(number) and not number >= 0:
                 raise ValueError(f"weight must not be negative or NaN, got {weight}.")
         own = _divide_out(weight, own)
     chains = {"centers": own, "model": tx}
 
     def split_by(labels: Any) -> optax.GradientTransformationExtraArgs:
-        # In a function, since optax calls labels that are callable: they are a pytree of the model's class.
+        # `labels` is an instance of the model's class. If that has `__call__`, optax would call it.
         return optax.partition(chains, lambda _: labels)
 
     def init(params: Any) -> CenterOptimizerState:
@@ -134,11 +136,12 @@ def _divide_out(
     def update(
         updates: Any, state: DividedState, params: Any = None, **extra: Any
     ) -> tuple[Any, DividedState]:
-        lam = _checks.as_scalar("weight", weight(state.step) if callable(weight) else weight)
+        advice = "Pass λ as a number, or as a schedule that returns one."
+        lam = _checks.as_scalar("weight", weight(state.step) if callable(weight) else weight, advice)
         is_zero = lam == 0
 
         def divide(gradient: jax.Array) -> jax.Array:
-            # In float32, since 1e-5 and its inverse are beyond float16.
+            # In float32, since the inverse of 1e-5 overflows float16.
             wide = gradient.astype(_table.compute_dtype(gradient))
             quotient = wide / jnp.where(is_zero, jnp.ones((), wide.dtype), lam.astype(wide.dtype))
             return quotient.astype(gradient.dtype)
@@ -205,7 +208,7 @@ def _labels(marks: Any) -> Any:
 
 
 def _bare(tree: Any) -> Any:
-    """The tree without Flax's Variables: they would hold optax's `MaskedNode`s, where it expects nodes."""
+    """The tree without Flax's Variables: inside of these, optax would not find its `MaskedNode`s."""
     return jax.tree.map(_content, tree, is_leaf=_is_variable)
 
 

@@ -74,7 +74,7 @@ def reshard_like_samples(array: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def place_like_table(leaf: jax.Array, centers: jax.Array) -> jax.Array:
-    """Places a leaf of an optimizer's initial state as the first step returns it.
+    """Gives a leaf of an optimizer's initial state the placement that it has after the first step.
 
     A scalar is replicated on the devices of the centers, and a table gets the memory layout of the centers.
     With another placement the second step would be compiled again. Tracers stay as they are.
@@ -134,7 +134,7 @@ def draw_sharded(draw: Callable[[jax.Array], Any], key: jax.Array, out: NamedSha
 
 
 def replicate(array: jax.Array, mesh: AbstractMesh | None) -> jax.Array:
-    """Replicates `array` on the devices of `mesh`, in a program that does not run inside `shard_map`.
+    """Replicates `array` on the devices of `mesh`. Inside of `shard_map` it is returned as it is.
 
     Values have to be replicated before they are scattered into a table. If they are sharded, XLA makes each
     device scatter its shard into a full table of zeros, and all-reduces these tables.
@@ -152,10 +152,11 @@ def replicate(array: jax.Array, mesh: AbstractMesh | None) -> jax.Array:
 
 
 def _replicate_on_unknown_mesh(array: jax.Array) -> jax.Array:
-    """Replicates `array` under `jit` on Auto axes, where tracing does not show the mesh.
+    """Replicates `array` where tracing shows no mesh, but there are several devices.
 
-    XLA replicates the result of a gather whose indices are replicated. So this gathers at 0, 1, 2, ...; the
-    barrier hides these numbers from XLA, which would remove the gather.
+    Such a program may come from `jax.jit(..., in_shardings=...)`. XLA replicates the result of a gather whose
+    indices are replicated. So this gathers at 0, 1, 2, ...; the barrier hides these numbers from XLA, which
+    would remove the gather.
     """
     hidden_zero = lax.optimization_barrier(jnp.zeros((), jnp.int32))
     identity = jnp.arange(array.shape[0], dtype=jnp.int32) + hidden_zero
@@ -165,7 +166,8 @@ def _replicate_on_unknown_mesh(array: jax.Array) -> jax.Array:
 def num_stripes(centers: jax.Array) -> int:
     """Into how many equal runs of classes to cut the table, so that each run is in one shard.
 
-    On Auto axes the number of shards is not known, but it divides the number of devices.
+    The number of shards divides the size of the mesh. If tracing shows no mesh, the number of devices stands
+    for it; with another mesh than one of all devices, a run may then lie in two shards, which costs speed.
     """
     mesh = mesh_of(centers)
     return math.gcd(centers.shape[0], jax.device_count() if mesh is None else mesh.size)

@@ -62,8 +62,8 @@ def _round_stochastically(x: jax.Array, words: jax.Array, dtype: Any) -> jax.Arr
     """Rounds float32 `x` to one of its two neighbours in `dtype`, so that the mean of the result is `x`.
 
     With `u` uniform in [0, 1), a magnitude of `q` units in the last place is rounded to `floor(q + u)`, whose
-    mean is `q`. Both are integers here, in fractions of a unit, so that the sum is exact. Numbers between
-    the largest one of `dtype` and the next power of two are rounded down.
+    mean is `q`. Here both are integers that count 2**-k of a unit, so that the sum is exact. Numbers
+    between the largest one of `dtype` and the next power of two are rounded down.
     """
     half, single = jnp.finfo(dtype), jnp.finfo(jnp.float32)
     x = _groups.call_for_platform(_barrier_on_cpu, x)
@@ -79,7 +79,7 @@ def _round_stochastically(x: jax.Array, words: jax.Array, dtype: Any) -> jax.Arr
         small = ((units + (words >> (32 - fraction))) >> fraction).astype(jnp.float32)
         small = small * np.float32(half.smallest_subnormal)
         rounded = jnp.where(jnp.abs(x) < np.float32(half.smallest_normal), small, rounded)
-    # Larger numbers, infinity and NaN are left to the cast.
+    # From the next power of two on, and for infinity and NaN, the cast decides.
     overflows = bits >= largest + np.uint32(1 << dropped)
     return jnp.where(overflows, x, jnp.copysign(rounded, x)).astype(dtype)
 

@@ -43,8 +43,8 @@ def compute_steps(
     table_numbers = itertools.count(1)  # For the rounding; the table of centers has number 0.
 
     def write(new_rows: jax.Array, old_rows: jax.Array, table: jax.Array) -> jax.Array:
-        # The write waits for the read. If new rows do not depend on old rows, as in a state that keeps the
-        # last gradient, XLA could write first, on a copy of the table.
+        # Makes the write depend on the read. New rows need not depend on old ones, as in a state that keeps
+        # the last gradient, and XLA could then write first and copy the table for the read.
         was_read = _table.true_after(old_rows.reshape(-1)[:1])
         at = jnp.where(was_read, classes, centers.shape[0])
         return _table.set_rows(table, at, new_rows, seed, next(table_numbers))

@@ -27,7 +27,7 @@ from jax_centerloss._table import AxisName
 from jax_centerloss._update import AFTER_ADVICE
 
 _STATE_DTYPES = ("bfloat16", "float32", "float64")
-_FLOAT16_ADVICE = "In float16 the squared gradients that Adam keeps often underflow."
+_FLOAT16_ADVICE = "float16 is not among them, since the squared gradients that Adam keeps often underflow."
 
 
 class RowOptimizer(NamedTuple):
@@ -55,7 +55,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
 
     With the same `rule`, `row_optimizer(optax.sgd(alpha))` is `update_centers`; the default here is
     `"gradient"`. The Caffe layer of the paper is `row_optimizer(optax.sgd(alpha, momentum=0.9))` with
-    `rule="paper"`, as long as the rate is constant and every class is in every batch.
+    `rule="paper"`. The two are equal only if the rate is constant and every class is in every batch.
 
     Construction tries `tx` on a small table, which takes up to a second. In a program of several processes it
     has to come after `jax.distributed.initialize()`. `tx` gets gradients and centers in float32 (float64 for
@@ -104,7 +104,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
 
     init_state = partial(_row_steps.init_state, tx, state_dtype=state_dtype)
     move_rows = partial(_row_steps.move_rows, tx, state_dtype=state_dtype)
-    move_in_blocks = jax.jit(partial(_move_in_blocks, tx, move_rows), static_argnames="size")
+    move_in_blocks = partial(_move_in_blocks, tx, move_rows)
 
     def init(params: Any) -> Any:
         centers = _checks.as_table(params)

@@ -45,10 +45,9 @@ def _gather(centers: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
 
 @partial(_gather.defjvp, symbolic_zeros=True)
 def _gather_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """Gathers rows of the tangent, in a form whose transpose scatters into a single table.
+    """Gathers rows of the tangent. The backward pass then scatters into one table, not into one per shard.
 
-    The index is replicated, since the transpose of a gather at a sharded index scatters into a table for
-    each shard.
+    For that the index is replicated, and so are the cotangents before they are scattered.
     """
     centers, index, x = primals
     rows = _gather(centers, index, x)
@@ -63,8 +62,8 @@ def _gather_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         gathered = _gather_tangent(tangent, index, platform=jax.default_backend())
     else:
         gathered = _groups.call_for_platform(_gather_tangent, tangent, index)
-    # The transpose of `replicate` is applied here, so that the backward pass applies `replicate` itself: to
-    # the cotangents, before they are scattered.
+    # The backward pass has to apply `replicate` to the cotangents. It transposes what stands here, so this is
+    # the transpose of `replicate`.
     (gathered,) = jax.linear_transpose(partial(_placement.replicate, mesh=mesh), rows)(gathered)
     return rows, gathered
 
@@ -82,7 +81,8 @@ def _gather_tangent(tangent: jax.Array, index: jax.Array, *, platform: str) -> j
         unique_indices=True,
         out_sharding=_placement.sharding_of(flat[..., None], tangent),
     )
-    # The transpose of the sum by class gives the row of each class to all of its samples.
+    # The transpose of `groups.sum` is the lookup from classes to samples, (S, D) to (N, D). Transposed again,
+    # in the backward pass, it is `groups.sum`.
     per_sample = jnp.broadcast_to(flat[:, None], (flat.size, tangent.shape[1])).astype(tangent.dtype)
     (rows,) = jax.linear_transpose(groups.sum, per_sample)(rows)
     gathered: jax.Array = rows.reshape(*index.shape, tangent.shape[1])
@@ -101,8 +101,8 @@ def flatten_and_replicate(
 ) -> tuple[jax.Array, ...]:
     """Flattens all sample axes, gathers the batch over `axis_name`, and replicates it on the mesh.
 
-    If tracing does not show the mesh, only labels and mask are replicated. Values may stay sharded then: they
-    are scattered at indices made of the labels, and a scatter at replicated indices has a replicated result.
+    If tracing shows no mesh, only labels and mask are replicated. That is enough, since a scatter at
+    replicated indices has a replicated result.
     """
     arrays, ndim = (labels, used, *values), labels.ndim
     if axis_name is not None:
@@ -142,15 +142,15 @@ def add_to_rows(
 
 
 def set_rows(
-    table: ArrayLike, classes: jax.Array, rows: jax.Array, seed: jax.Array | None = None, number: int = 0
+    table: ArrayLike, classes: jax.Array, rows: jax.Array, seed: jax.Array | None = None, table_index: int = 0
 ) -> jax.Array:
     """`table` with `rows` written at `classes`, which may not repeat a class. Classes `>= C` are dropped.
 
-    With a seed, rows in half precision are rounded stochastically. Pass another `number` for each table that
-    is written with the same seed.
+    With a seed, rows in half precision are rounded stochastically. Pass another `table_index` for each table
+    that is written with the same seed.
     """
     table = jnp.asarray(table)
-    rows = _rounding.round_rows(rows, classes, table.dtype, seed, number)
+    rows = _rounding.round_rows(rows, classes, table.dtype, seed, table_index)
     return table.at[_unique_indices(table, classes)].set(rows, mode="drop", unique_indices=True)
 
 

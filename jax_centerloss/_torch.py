@@ -57,13 +57,15 @@ def from_torch(source: Source | Any, *, key: str = "centers") -> dict[str, jax.A
             )
         name, tensor = repr(key), tensors[key]
     else:
-        name, tensor = "source", source
-        held = (
-            f", a mapping such as `module.state_dict()` or the path of a file, got {type(source).__name__}."
-        )
+        name, tensor, held = "source", source, "."
     try:
         array = _copy(tensor)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if tensor is source:
+            held = (
+                ", a mapping such as `module.state_dict()` or the path of a file, got "
+                f"{type(source).__name__}."
+            )
         raise TypeError(f"{name} must be a tensor{held}") from error
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{name} must have shape (C, D), got {array.shape}{held}")

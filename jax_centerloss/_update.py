@@ -177,7 +177,6 @@ def _update_on(
     )
 
 
-@partial(jax.jit, static_argnames="size")  # A program of its own: inlined, XLA would use more temporaries.
 def _add_in_blocks(
     centers: jax.Array, directions: Directions, seed: jax.Array | None, *, size: int
 ) -> jax.Array:

@@ -38,9 +38,10 @@ class CenterLoss(nn.Module):
         `clip`, of the sum if `reduce_fn` is `jnp.sum` and else of the mean.
 
     Raises:
-      ValueError: if a size is below 1 or an option is unknown; in a call, if the centers have another size,
-        and what `jax_centerloss.center_loss` raises.
-      TypeError: if an option has another type.
+      ValueError: if a size is below 1 or an option is unknown; in a call, if centers that are state have
+        another size (for parameters Flax raises its own error), and what `jax_centerloss.center_loss` raises.
+      TypeError: if a size is not an integer, `param_dtype` is not floating point, or `centers_init` is not a
+        function.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -57,7 +57,8 @@ class CenterLoss(nnx.Module):
     Raises:
       ValueError: if a size is below 1 or an option is unknown; in a call, if the centers have another size,
         and what `jax_centerloss.center_loss` raises.
-      TypeError: if an option has another type.
+      TypeError: if a size is not an integer, `param_dtype` is not floating point, or `centers_init` is not a
+        function.
 
     Example:
       >>> import jax.numpy as jnp
@@ -116,11 +117,13 @@ class CenterLoss(nnx.Module):
             self.centers = kind(drawn["centers"], **metadata)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        # Other attributes, the first centers, and a Variable of another CenterLoss, which shares its centers,
+        # are set as usual.
         held = vars(self).get("centers") if name == "centers" else None
         if not isinstance(held, nnx.Variable) or (
             type(value) is type(held) and OWNER.items() <= value.get_metadata().items()
         ):
-            super().__setattr__(name, value)  # A Variable of another CenterLoss, to share centers with it.
+            super().__setattr__(name, value)
             return
         # A bare array is written into the Variable. In its place it would be neither a parameter nor state,
         # and nothing would move it.

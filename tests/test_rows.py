@@ -313,3 +313,18 @@ def test_a_state_that_was_restored_as_numpy():
     state = jax.tree.map(np.asarray, rows.init(centers))
     moved, _ = rows.update(centers, state, np.ones((1, 2), np.float32), np.array([1]))
     np.testing.assert_allclose(moved, [[0, 0], [0.1, 0.1], [0, 0]], rtol=1e-5)
+
+
+def test_a_key_in_the_state_is_no_obstacle():
+    """A transformation that keeps a typed key, and does not use it on rows."""
+
+    def init(params):
+        return jax.random.key(0)
+
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda g: -0.1 * g, updates), jax.random.split(state, 1)[0]
+
+    rows = jcl.row_optimizer(optax.GradientTransformation(init, update))
+    params, x, labels = jnp.zeros((4, 2)), jnp.ones((1, 2)), jnp.array([1])
+    moved, _ = rows.update(params, rows.init(params), x, labels)
+    np.testing.assert_allclose(moved, [[0, 0], [0.2, 0.2], [0, 0], [0, 0]], rtol=1e-6)
