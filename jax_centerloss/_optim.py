@@ -93,7 +93,7 @@ def with_center_optimizer(
     if weight is not None:
         if not callable(weight):
             number = _checks.as_scalar(
-                "weight", weight, "Pass λ as a number, or as a schedule that returns one."
+                "weight", weight, "Pass λ as a number, or as an optax schedule that returns one."
             )
             if _checks.is_concrete(number) and not number >= 0:
                 raise ValueError(f"weight must not be negative or NaN, got {weight}.")
@@ -136,7 +136,7 @@ def _divide_out(
     def update(
         updates: Any, state: DividedState, params: Any = None, **extra: Any
     ) -> tuple[Any, DividedState]:
-        advice = "Pass λ as a number, or as a schedule that returns one."
+        advice = "Pass λ as a number, or as an optax schedule that returns one."
         lam = _checks.as_scalar("weight", weight(state.step) if callable(weight) else weight, advice)
         is_zero = lam == 0
 
