@@ -216,6 +216,7 @@ def judge(model: Reader, hard: np.ndarray, train: Lines, test: Lines) -> tuple[d
         "hardest": 100 * float(lost[hard].sum() / max(stands[hard].sum(), 1)),
         "lines": 100 * float(reading.right.mean()),
         "own_distance": own,
+        "gap": gap,
         # Unlike the distance itself, this does not fall where all features shrink.
         "ratio": own / (own + gap) if own + gap else 0.0,
         **frames,

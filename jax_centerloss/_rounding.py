@@ -1,5 +1,6 @@
 """Stochastic rounding: on average, rows in half precision move by their exact steps."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ def round_rows(
     """
     if seed is None or not is_half(dtype) or not jnp.issubdtype(rows.dtype, jnp.floating):
         return rows.astype(dtype)
-    flat = rows.reshape(rows.shape[0], -1).astype(jnp.float32)
+    flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:])).astype(jnp.float32)
     words = _random_words(seed + np.uint32(table_index), classes, flat.shape[1])
     return _round_stochastically(flat, words, jnp.dtype(dtype)).reshape(rows.shape)
 

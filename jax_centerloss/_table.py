@@ -126,9 +126,14 @@ def _all_gather(a: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 def gather_class_rows(table: ArrayLike, classes: jax.Array) -> jax.Array:
-    """The rows of `classes`, all of them at least 0; zeros for a class `>= C`."""
-    rows: jax.Array = jnp.asarray(table).at[classes].get(mode="fill", fill_value=0)
-    return rows
+    """The rows of `classes`, all of them at least 0; zeros for a class `>= C`.
+
+    Indices are clipped, since checkify reports one out of bounds also with `mode="fill"`.
+    """
+    table = jnp.asarray(table)
+    rows = table.at[jnp.clip(classes, 0, table.shape[0] - 1)].get(mode="promise_in_bounds")
+    in_table = (classes < table.shape[0]).reshape(-1, *(1,) * (rows.ndim - 1))
+    return jnp.where(in_table, rows, jnp.zeros((), rows.dtype))
 
 
 def add_to_rows(

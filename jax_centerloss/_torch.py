@@ -116,8 +116,10 @@ def _load(path: str, key: str) -> Any:
         ) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # The loader raises errors of many types over a broken file.
-        if "weights_only" not in str(error):
+        if type(error).__name__ != "UnpicklingError":
             raise ValueError(
                 f"{path!r} can't be read: {type(error).__name__}: {_first_line(error)}"
             ) from error

@@ -19,7 +19,7 @@ from jax_centerloss._table import AxisName
 
 
 class Centers(nnx.Variable[jax.Array]):
-    """Centers that are moved by rule or by rows. They are no `nnx.Param`, so no optimizer moves them."""
+    """Centers that are moved by rule or by rows. They are no `nnx.Param`."""
 
 
 def _sharding_metadata(out_sharding: OutSharding | None) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class CenterLoss(nnx.Module):
       centers_init: draws the `(C, D)` centers; N(0, 1) by default.
       centers_as: `"param"`, an `nnx.Param` that the optimizer moves, or `"state"`, a `Centers` variable that
         `update_centers` or a `jax_centerloss.row_optimizer` moves. It is no parameter, and has a gradient
-        only for `nnx.grad` with its type in `wrt`.
+        only for `nnx.grad` with `argnums=nnx.DiffState(0, Centers)`.
       out_sharding: see `jax_centerloss.init_centers`. It is also set as the metadata that
         `nnx.get_partition_spec` reads.
       rngs: the `params` stream draws the centers.

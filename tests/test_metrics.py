@@ -1,9 +1,12 @@
 """What `center_metrics` reports, against NumPy in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 import jax_centerloss as jcl
 
@@ -121,3 +124,11 @@ def test_temporaries_do_not_grow_with_the_classes():
         return program.compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(2000) == temporaries(10_000_000)
+
+
+def test_index_checks_find_nothing_in_a_clean_batch():
+    """More classes than samples, and a class that stands there twice, has an empty slot beyond the table."""
+    centers, x, labels = jnp.zeros((9, 2)), jnp.ones((3, 2)), jnp.array([4, 4, 1])
+    metrics = jax.jit(functools.partial(jcl.center_metrics, previous=centers + 1.0))
+    error, _ = checkify.checkify(metrics, errors=checkify.index_checks)(centers, x, labels)
+    assert error.get() is None

@@ -243,6 +243,7 @@ def test_a_class_without_a_mean_is_nobodys_nearest(monkeypatch):
     monkeypatch.setattr(ocr, "read", lambda *_: reading)
     found, _ = ocr.judge(ocr.Reader(6, "conv", 4, rngs=nnx.Rngs(0)), np.array([1]), lines, lines)
     assert found["own_distance"] == pytest.approx(0, abs=1e-5)
+    assert found["gap"] == pytest.approx(3, abs=1e-4)
     assert found["ratio"] == pytest.approx(0, abs=1e-5)
     assert (found["cer"], found["lines"], found["wrong"]) == (0, 100, pytest.approx(0))
     assert found["blank"] == pytest.approx(100 * 8 / 12)

@@ -20,7 +20,9 @@ BLOCKS = [
     for text in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 ]
 
-eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="shows the shards on eight devices")
+eight_devices = pytest.mark.skipif(
+    jax.default_backend() != "cpu" and jax.device_count() < 8, reason="shows the shards on eight devices"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -399,3 +399,9 @@ def test_what_is_no_key_is_refused(rng, name, way, dtype):
     key, error, words = BAD_KEYS[name]
     with pytest.raises(error, match=words):
         WAYS[way](*problem(rng, dtype=dtype), key)
+
+
+def test_an_empty_batch_with_a_key_moves_nothing():
+    centers, x, labels = jnp.ones((4, 2), jnp.bfloat16), jnp.zeros((0, 2)), jnp.zeros(0, jnp.int32)
+    moved = jcl.update_centers(centers, x, labels, rounding_key=jax.random.key(0))
+    np.testing.assert_array_equal(moved, centers)

@@ -252,6 +252,16 @@ if HAS_TORCH:
             jcl.from_torch("code.pt")
         assert not (tmp_path / "RAN").exists()
 
+    def test_an_error_of_the_disk_stays_what_it_is(tmp_path, monkeypatch):
+        path = save(tmp_path / "model.pt", torch.ones(3, 2))
+
+        def refuse(*args, **kwargs):
+            raise PermissionError(13, "no; see weights_only")
+
+        monkeypatch.setattr(torch, "load", refuse)
+        with pytest.raises(PermissionError):
+            jcl.from_torch(path)
+
     @pytest.mark.parametrize("content", [b"", b"hello world\n" * 50, "half"], ids=["empty", "text", "half"])
     def test_broken_files_are_refused(tmp_path, content):
         path = save(tmp_path / "model.pt", torch.ones(3, 2))
