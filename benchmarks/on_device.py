@@ -10,14 +10,14 @@ table that leaves little of a GPU's memory, set XLA_PYTHON_CLIENT_MEM_FRACTION=0
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from steps import BY_HAND, HALF, QUICK, SCATTER, STEPS, dense, program
+from timing import alternate
 
 import jax_centerloss as jcl
 
@@ -33,49 +33,36 @@ def filled(shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 class Runner:
-    """A compiled step, and what it takes."""
+    """A compiled step, and what it takes; `fill` makes the centers and the state that it holds."""
 
-    def __init__(self, name: str, n: int, d: int, c: int) -> None:
+    def __init__(self, name: str, n: int, d: int, c: int, fill: Callable[[Any], jax.Array] = filled) -> None:
         step, (held, x, *others) = program(name, n, d, c)
         self.keeps = step in (dense, jcl.nearest_center)  # It returns nothing that the next step takes.
         self.bare = name == SCATTER
         self.compiled = jax.jit(step, donate_argnums=() if self.keeps else 0)
-        self.held, self.x = jax.tree.map(filled, held), filled(x)
+        self.held, self.x = jax.tree.map(fill, held), filled(x)
         keys = jax.random.split(jax.random.key(1), LABEL_SETS)
         labels = (jax.random.randint(key, (n,), 0, c) for key in keys)
         self.sets = [[y, *map(filled, others[1:])] if others else [] for y in labels]
 
-    def block(self) -> float:
-        """Microseconds of a step."""
-        start = time.perf_counter()
+    def block(self) -> None:
         for i in range(BLOCK):
             result = self.compiled(self.held, self.x, *self.sets[i % LABEL_SETS])
             if not self.keeps:
                 self.held = result if self.bare else result[0]
         jax.block_until_ready(result)
-        return (time.perf_counter() - start) / BLOCK * 1e6
 
 
-def in_turn(runners: Iterable[Runner], seconds: float) -> list[float]:
-    """The median of each runner's blocks."""
-    runners = list(runners)
-    for runner in runners:
-        runner.block()
-    times: list[list[float]] = [[] for _ in runners]
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for runner, kept in zip(runners, times, strict=True):
-            kept.append(runner.block())
-    return [statistics.median(kept) for kept in times]
+def micros(runners: Iterable[Runner], seconds: float) -> list[float]:
+    """Microseconds of a step of each runner."""
+    return [1e6 * block / BLOCK for block in alternate([runner.block for runner in runners], seconds)]
 
 
 def large(c: int, d: int, seconds: float) -> None:
     n = 1024
     row = np.asarray(jnp.linspace(-1, 1, d).astype(jnp.bfloat16))
-    small, big = Runner(HALF, n, d, 1_000_000), Runner(HALF, n, d, 0)
-    big.held = jax.jit(lambda row: jnp.broadcast_to(row, (c, d)))(row)
-    keys = jax.random.split(jax.random.key(1), LABEL_SETS)
-    big.sets = [[jax.random.randint(key, (n,), 0, c).at[:3].set(c - 1)] for key in keys]
+    small = Runner(HALF, n, d, 1_000_000)
+    big = Runner(HALF, n, d, c, fill=lambda table: jax.jit(lambda: jnp.broadcast_to(row, table.shape))())
 
     labels, x = np.asarray(big.sets[0][0]), np.asarray(big.x, np.float64)
     big.held = big.compiled(big.held, big.x, labels)[0]
@@ -91,7 +78,7 @@ def large(c: int, d: int, seconds: float) -> None:
     changed = sum(int(differ(big.held, i)) for i in range(0, c, block))
     assert changed == len(classes), (changed, len(classes))
 
-    few, many = in_turn((small, big), seconds)
+    few, many = micros((small, big), seconds)
     size = f"{c:,} x {d} in bfloat16, {c * d * 2 / 1e9:.1f} GB"
     print(f"A table of {size}: one step moved {changed:,} rows, those of its batch, to NumPy's numbers.")
     print(f"A step takes {many:.1f} µs, with 1,000,000 classes {few:.1f}.")
@@ -112,7 +99,7 @@ def main() -> None:
     print("| N | D | C | " + " | ".join(names) + " |\n" + "|--:" * (3 + len(names)) + "|")
     cells = [tuple(map(int, cell.split(","))) for cell in args.cells.split()] if args.cells else QUICK
     for n, d, c in cells:
-        times = in_turn((Runner(name, n, d, c) for name in names), args.seconds)
+        times = micros((Runner(name, n, d, c) for name in names), args.seconds)
         print(f"| {n:,} | {d} | {c:,} | " + " | ".join(f"{t:.1f}" for t in times) + " |", flush=True)
 
 

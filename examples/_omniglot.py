@@ -1,5 +1,6 @@
 """Omniglot's drawings, for the examples that use them."""
 
+import argparse
 import io
 import lzma
 import zipfile
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from _common import download
+from _common import download, number
 from PIL import Image, UnidentifiedImageError
 
 LARGEST = 2**20  # Bytes of a drawing's file; the real ones have some 200.
@@ -83,3 +84,27 @@ def load(data: Path | None, name: str, side: int) -> Drawings:
     _, alphabets = np.unique([a for a, _ in characters], return_inverse=True)
     numbers = (a.astype(np.int32) for a in (labels, alphabets, np.asarray(writers)))
     return Drawings(np.stack(images), *numbers)
+
+
+def add_data_and_grid(parser: argparse.ArgumentParser, grid: list[float]) -> None:
+    """The flags for the drawings, and for a choice of λ, by default from `grid`."""
+    add = parser.add_argument
+    add(
+        "--data",
+        type=Path,
+        help="folder with images_background*.zip and images_evaluation*.zip; else downloaded",
+    )
+    add(
+        "--select",
+        type=number(int, 0),
+        default=0,
+        metavar="SEEDS",
+        help="choose λ of every arm first, with so many seeds",
+    )
+    add("--grid", type=number(float, 0), nargs="+", default=grid, help="λ to choose from")
+    add("--only-select", action="store_true", help="stop when λ is chosen")
+
+
+def check_selection(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.only_select and not args.select:
+        parser.error("argument --only-select: needs --select")

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import _ctrl_c
@@ -37,7 +36,7 @@ from _common import (
 )
 from _lines import FRAME, HEIGHT, Lines, Reading, Text, compose, make_glyphs, missed, spoken, text_of, truth
 from _ocr_pictures import draw_confused, draw_lines
-from _omniglot import Drawings, load
+from _omniglot import Drawings, add_data_and_grid, check_selection, load
 from flax import nnx
 from rapidfuzz.distance import Levenshtein
 
@@ -391,12 +390,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Lines of handwritten characters, read by CTC with and without center loss.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_data_and_grid(parser, [0.002, 0.01, 0.05, 0.2])
     add = parser.add_argument
-    add(
-        "--data",
-        type=Path,
-        help="folder with images_background*.zip and images_evaluation*.zip; else downloaded",
-    )
     add("--lam", type=number(float, 0), default=0.01, help="weight λ of the loss with moved centers")
     add("--lam-fixed", type=number(float, 0), default=0.05, help="the same of that with fixed centers")
     add("--lam-norm", type=number(float, 0), default=0.01, help="the same of the control")
@@ -419,15 +414,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--weight-decay", type=number(float, 0), default=1e-4, help="of all parameters of the network")
     add("--mean-lines", type=number(int, 1), default=2000, help="training lines that class means are made of")
     add("--test-lines", type=number(int, 1), default=1000, help="lines to judge by")
-    add(
-        "--select",
-        type=number(int, 0),
-        default=0,
-        metavar="SEEDS",
-        help="choose λ of every arm first, with so many seeds",
-    )
-    add("--grid", type=number(float, 0), nargs="+", default=[0.002, 0.01, 0.05, 0.2], help="λ to choose from")
-    add("--only-select", action="store_true", help="stop when λ is chosen")
     add_flags(
         parser,
         warmup=None,
@@ -443,8 +429,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(args, name, min(getattr(args, name), limit))
         args.seeds = 1
     args.arms = [arm for arm in ARMS if arm in args.arms]
-    if args.only_select and not args.select:
-        parser.error("argument --only-select: needs --select")
+    check_selection(parser, args)
     if args.sequence == "lstm" and args.feat_dim % 2:
         parser.error("argument --feat-dim: the two directions of --sequence lstm need an even number")
     # Between two equal characters CTC needs a blank.

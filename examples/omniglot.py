@@ -35,7 +35,7 @@ from _common import (
     say_if_quick,
     spread,
 )
-from _omniglot import MD5, Drawings, load
+from _omniglot import MD5, Drawings, add_data_and_grid, check_selection, load
 from flax import nnx
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_curve
@@ -358,30 +358,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Verification of characters never trained on, with and without center loss.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_data_and_grid(parser, [0.001, 0.003, 0.01, 0.03, 0.1])
     add = parser.add_argument
-    add(
-        "--data",
-        type=Path,
-        help="folder with images_background*.zip and images_evaluation*.zip; else downloaded",
-    )
     add("--lam-center", type=number(float, 0), default=0.03, help="weight λ of the center loss")
     add("--lam-frozen", type=number(float, 0), default=0.01, help="the same with frozen centers")
-    add(
-        "--select",
-        type=number(int, 0),
-        default=0,
-        metavar="SEEDS",
-        help="choose both λ first, with so many seeds",
-    )
     add("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="which to train")
-    add(
-        "--grid",
-        type=number(float, 0),
-        nargs="+",
-        default=[0.001, 0.003, 0.01, 0.03, 0.1],
-        help="λ to choose from",
-    )
-    add("--only-select", action="store_true", help="stop when λ is chosen")
     add("--feat-dim", type=number(int, 2), default=64, help="features per drawing")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="of all parameters of the network")
     add("--negatives", type=number(int, 1), default=1_000_000, help="pairs of two characters from anywhere")
@@ -392,8 +373,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.quick:
         args.epochs = min(args.epochs, 2)
     args.arms = [arm for arm in ARMS if arm in args.arms]
-    if args.only_select and not args.select:
-        parser.error("argument --only-select: needs --select")
+    check_selection(parser, args)
     check_flags(parser, args)
     return args
 

@@ -33,18 +33,19 @@ def compare_with_centers(centers: jax.Array, batch: Batch, after: Any, axis_name
     rows, in_range = _table.gather_own_rows(centers, labels, x)
     x = x.astype(rows.dtype)
     # Written as in the loss, so that XLA computes it once for both.
-    difference, distance = x - rows, _loss.squared_distance(x, rows, in_range, used)
+    difference, squared_distance = x - rows, _loss.squared_distance(x, rows, in_range, used)
     used = used & in_range
-    values: tuple[jax.Array, ...] = difference, distance
+    values: tuple[jax.Array, ...] = difference, squared_distance
     if weights is not None:
         used, weights = used & (weights != 0), weights.astype(rows.dtype)
-        values = difference * weights[..., None], distance, weights
+        values = difference * weights[..., None], squared_distance, weights
     mesh = _placement.mesh_of(centers, x, labels)
-    labels, used, difference, distance, *rest = _table.flatten_and_replicate(
+    labels, used, weighted_difference, squared_distance, *rest = _table.flatten_and_replicate(
         axis_name, mesh, labels, used, *values
     )
     weights = rest[0] if rest else None
-    return Samples(labels, used, difference, distance, weights, _table.true_after(after, axis_name))
+    done = _table.true_after(after, axis_name)
+    return Samples(labels, used, weighted_difference, squared_distance, weights, done)
 
 
 class Directions(NamedTuple):
@@ -102,10 +103,9 @@ def directions_of(
     dtype = values.dtype
     groups = _groups.group_by_class(labels, used, num_classes, platform)
     # In float32 counts are exact up to 2**24 samples of a class.
-    finite = jnp.isfinite(distance) if weights is None else jnp.isfinite(distance) & jnp.isfinite(weights)
-    counted = jnp.where(
-        finite, np.ones((), dtype) if weights is None else weights, np.full((), np.nan, dtype)
-    )
+    weight = np.ones((), dtype) if weights is None else weights
+    finite = jnp.isfinite(distance) & jnp.isfinite(weight)
+    counted = jnp.where(finite, weight, np.full((), np.nan, dtype))
     within_clip = None
     if rule == "gradient" and clip is not None:  # Beyond the clamp, the gradient of the loss is zero.
         within_clip = (distance >= clip[0]) & (distance <= clip[1])

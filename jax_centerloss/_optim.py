@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from jax_centerloss import _checks, _table
-from jax_centerloss._rows import RowOptimizer
+from jax_centerloss._rows import check_transformation
 
 Path = tuple[str | int, ...]
 
@@ -83,8 +83,7 @@ def with_center_optimizer(
     """
     own = optax.sgd(0.5) if centers is None else centers
     for name, given in {"tx": tx, "centers": own}.items():
-        if isinstance(given, RowOptimizer) or not (hasattr(given, "init") and hasattr(given, "update")):
-            raise TypeError(f"{name} must be an optax transformation, such as optax.sgd(0.5), got {given!r}.")
+        check_transformation(name, given)
     if select is not None and not callable(select):
         raise TypeError(
             f"select must be a function of a path and a leaf, got {select!r}. For one leaf: "

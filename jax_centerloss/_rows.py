@@ -37,6 +37,11 @@ class RowOptimizer(NamedTuple):
     update: Callable[..., tuple[Any, Any]]
 
 
+def check_transformation(name: str, tx: Any) -> None:
+    if isinstance(tx, RowOptimizer) or not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"{name} must be an optax transformation, such as optax.sgd(0.5), got {tx!r}.")
+
+
 def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | None = None) -> RowOptimizer:
     """Moves the centers of the batch's classes by an optax transformation, and touches no other row.
 
@@ -92,8 +97,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
       >>> state = centers.init(params)
       >>> params, state = centers.update(params, state, jnp.ones((4, 2)), jnp.array([3, 1, 3, -1]))
     """
-    if isinstance(tx, RowOptimizer) or not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"tx must be an optax transformation, such as optax.sgd(0.5), got {tx!r}.")
+    check_transformation("tx", tx)
     state_dtype = _options.as_dtype("state_dtype", state_dtype, _STATE_DTYPES, _FLOAT16_ADVICE)
     separability = _separability.find_separability(tx)
     if separability.problem is not None:

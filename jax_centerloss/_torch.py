@@ -116,9 +116,10 @@ def _load(path: str, key: str) -> Any:
         ) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
+    except (OSError, MemoryError):  # Of the machine, and not of the file's content.
         raise
     except Exception as error:  # The loader raises errors of many types over a broken file.
+        # The refusal is an error of the pickle module's, told by its name: nothing else is needed of it.
         if type(error).__name__ != "UnpicklingError":
             raise ValueError(
                 f"{path!r} can't be read: {type(error).__name__}: {_first_line(error)}"
