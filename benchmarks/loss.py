@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
-from timing import alternate
+from timing import alternate, keep_freed_memory
 
 import jax_centerloss
 
@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
     parser.add_argument("--seconds", type=float, default=6, help="measuring time of a row (default: 6)")
     args = parser.parse_args()
+    keep_freed_memory()
     missed = []
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, torch {torch.__version__}")
     print("| N | C | D | jax_centerloss | torch reference | ratio | target |\n|--:|--:|--:|--:|--:|--:|--:|")

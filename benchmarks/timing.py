@@ -1,8 +1,23 @@
 """What the benchmarks share: the time of several calls in one run."""
 
+import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Callable
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory, for every library in this process.
+
+    Otherwise it may give a large array, such as a dense gradient, back to the system after each step. The next step
+    then spends more time in page faults than in its own work, in some runs and not in others.
+    """
+    if sys.platform == "linux":
+        glibc = ctypes.CDLL(None)
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+        if not (glibc.mallopt(trim_threshold, 2**31 - 1) and glibc.mallopt(mmap_max, 0)):
+            raise RuntimeError("mallopt failed.")
 
 
 def alternate(calls: list[Callable[[], object]], seconds: float) -> list[float]:
