@@ -1,13 +1,16 @@
-"""The arguments of a batch, checked and brought to one form."""
+"""The arguments of a batch: checked, brought to one form, and gathered where a batch is split."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh
 from jax.typing import ArrayLike
 
 from jax_centerloss import _checks, _placement
+from jax_centerloss._options import AxisName
 
 
 def as_features(x: ArrayLike, centers: jax.Array) -> jax.Array:
@@ -126,3 +129,32 @@ def _check_concrete_values(labels: ArrayLike, where: Any, weights: Any, num_clas
             f"label {values[out].flat[0]} is out of range for {num_classes} classes: labels go from 0 "
             f"to {num_classes - 1}; negative ones are ignored."
         )
+
+
+def flatten_and_replicate(
+    axis_name: AxisName, mesh: AbstractMesh | None, labels: jax.Array, used: jax.Array, *values: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Flattens the sample axes of a batch, gathers it over `axis_name`, and replicates it on the mesh.
+
+    If tracing shows no mesh, only labels and mask are replicated. That is enough, since a scatter at
+    replicated indices has a replicated result.
+    """
+    arrays, ndim = (labels, used, *values), labels.ndim
+    if axis_name is not None:
+        arrays, ndim = tuple(_all_gather(a, axis_name) for a in arrays), ndim + 1
+    labels, used, *values_ = (a.reshape(-1, *a.shape[ndim:]) for a in arrays)
+    if mesh is not None:
+        values_ = [_placement.replicate(a, mesh) for a in values_]
+    return _placement.replicate(labels, mesh), _placement.replicate(used, mesh), *values_
+
+
+def _all_gather(a: jax.Array, axis_name: AxisName) -> jax.Array:
+    """`lax.all_gather` as a `psum` of disjoint parts.
+
+    The result of a `psum` is known to be replicated, which `shard_map` asks of centers whose `out_specs` do
+    not name the axis. That of `lax.all_gather` is not.
+    """
+    dtype = jnp.int32 if a.dtype == jnp.bool_ else a.dtype
+    parts = jnp.zeros((lax.psum(1, axis_name), *a.shape), dtype)
+    gathered: jax.Array = lax.psum(parts.at[lax.axis_index(axis_name)].set(a.astype(dtype)), axis_name)
+    return gathered.astype(a.dtype)

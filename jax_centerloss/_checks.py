@@ -40,6 +40,11 @@ def as_arrays(name: str, tree: Any, advice: str) -> Any:
     return jax.tree.map(lambda leaf: as_array(f"a leaf of {name}", leaf, advice), tree)
 
 
+def as_after(after: Any) -> Any:
+    """The argument `after`, with its leaves as arrays."""
+    return as_arrays("after", after, "Pass the loss, or a tree of what is computed from the centers.")
+
+
 def describe(value: Any) -> str:
     """What an error says of a wrong argument."""
     if inspect.isroutine(value) or inspect.isclass(value):

@@ -9,10 +9,9 @@ from jax import lax
 from jax.nn.initializers import normal
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _batch, _checks, _options, _placement, _table
-from jax_centerloss._options import CLIP, Clip, ReduceFn
+from jax_centerloss import _batch, _checks, _options, _placement, _reduce, _table
+from jax_centerloss._options import CLIP, AxisName, Clip, ReduceFn
 from jax_centerloss._placement import OutSharding
-from jax_centerloss._table import AxisName
 
 
 def init_centers(
@@ -136,47 +135,13 @@ def center_loss(
     if weights is not None:
         # A sample of weight 0 stays in, so that the derivative by its weight is right. It is left out if its
         # loss is NaN or infinite, since 0 * NaN is NaN.
-        distance = lax.stop_gradient(squared_distance(x.astype(rows.dtype), rows, in_range, used))
+        distance = lax.stop_gradient(_reduce.squared_distance(x.astype(rows.dtype), rows, in_range, used))
         used = used & ((weights != 0) | (in_range & jnp.isfinite(distance)))
     losses = _sample_losses(rows, x, in_range, used, clip=clip, num_classes=centers.shape[0])
     if reduce_fn is None:
         return losses if weights is None else losses * weights.astype(losses.dtype)
-    reduce = weighted_sum if reduce_fn is jnp.sum else weighted_mean
+    reduce = _reduce.weighted_sum if reduce_fn is jnp.sum else _reduce.weighted_mean
     return reduce(losses, used, weights, axis_name)
-
-
-def weighted_sum(
-    values: jax.Array, used: jax.Array, weights: jax.Array | None = None, axis_name: AxisName = None
-) -> jax.Array:
-    """The weighted sum over the used samples of the whole batch."""
-    if weights is not None:
-        values = values * weights.astype(values.dtype)
-    total = jnp.sum(jnp.where(used, values, jnp.zeros((), values.dtype)))
-    return total if axis_name is None else lax.psum(total, axis_name)
-
-
-def weighted_mean(
-    values: jax.Array, used: jax.Array, weights: jax.Array | None = None, axis_name: AxisName = None
-) -> jax.Array:
-    """The weighted mean over the used samples of the whole batch; 0 if there are none."""
-    denominator = mean_denominator(used, weights, axis_name, values.dtype)
-    return weighted_sum(values, used, weights, axis_name) / denominator
-
-
-def mean_denominator(
-    used: jax.Array, weights: jax.Array | None, axis_name: AxisName, dtype: DTypeLike
-) -> jax.Array:
-    """The denominator of a mean: the number of used samples, or the sum of their weights; 1 instead of 0."""
-    if weights is None:
-        return jnp.maximum(count(used, axis_name), 1).astype(dtype)
-    total = weighted_sum(weights.astype(dtype), used, axis_name=axis_name)
-    return jnp.where(total == 0, jnp.ones((), dtype), total)
-
-
-def count(used: jax.Array, axis_name: AxisName = None) -> jax.Array:
-    """The number of used samples of the whole batch."""
-    number = jnp.sum(used, dtype=jnp.int32)
-    return number if axis_name is None else lax.psum(number, axis_name)
 
 
 def _sample_losses(
@@ -184,7 +149,7 @@ def _sample_losses(
 ) -> jax.Array:
     """The loss of each sample: NaN for a used label that is out of range, 0 for an unused sample."""
     dtype = rows.dtype
-    distance = squared_distance(x.astype(dtype), rows, in_range, used)
+    distance = _reduce.squared_distance(x.astype(dtype), rows, in_range, used)
     # An infinite distance has to surface as NaN, in the gradient too, where the clamp would make it 1e12.
     # NumPy constants: an eager NaN made by JAX would trip `jax_debug_nans` on a clean batch.
     valid = (jnp.isfinite(distance) & in_range) | jnp.logical_not(used)
@@ -196,25 +161,3 @@ def _sample_losses(
         clamped_zero = jnp.minimum(jnp.maximum(jnp.zeros((), dtype), low), high)
         distance = distance + (num_classes - 1) * clamped_zero
     return jnp.where(used, distance, jnp.zeros((), dtype))
-
-
-@jax.custom_jvp
-def squared_distance(x: jax.Array, rows: jax.Array, in_range: jax.Array, used: jax.Array) -> jax.Array:
-    """`|x - row|²` of each sample. The masks do not change it, only its derivative.
-
-    In the derivative the differences of unused samples are set to 0 before they are multiplied, since
-    0 * NaN is NaN, and a label out of range gives no gradient to a center. Without this custom JVP the mask
-    would have to be inside of the square, and XLA would compute `x - rows` several times.
-    """
-    del in_range, used
-    difference = x - rows
-    return jnp.sum(difference * difference, axis=-1)
-
-
-@squared_distance.defjvp
-def _squared_distance_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    x, rows, in_range, used = primals
-    zero = jnp.zeros((), x.dtype)
-    difference = jnp.where(used[..., None], x - rows, zero)
-    step = tangents[0] - jnp.where(in_range[..., None], tangents[1], zero)
-    return squared_distance(*primals), 2 * jnp.sum(difference * step, axis=-1)

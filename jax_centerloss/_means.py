@@ -59,11 +59,11 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
         # Waited for: on a CPU an array that the loader made by `jnp.asarray` may share the loader's buffer.
         state = jax.block_until_ready(_add_batch(state, batch))
     means, counts = state.means, state.counts
-    number, first = _find_unseen(counts)
-    if number:
-        names = ", ".join(map(str, np.asarray(first)[:number])) + (", ..." if number > _NAMED else "")
+    num_unseen, first = _find_unseen(counts)
+    if num_unseen:
+        names = ", ".join(map(str, np.asarray(first)[:num_unseen])) + (", ..." if num_unseen > _NAMED else "")
         warnings.warn(
-            f"{number} of {counts.size} classes were never seen and keep their centers: {names}.",
+            f"{num_unseen} of {counts.size} classes were never seen and keep their centers: {names}.",
             stacklevel=2,
         )
     return jax.tree.unflatten(jax.tree.structure(params), [means.astype(centers.dtype)])
@@ -103,21 +103,19 @@ def _add_batch(state: _State, batch: _batch.Batch) -> _State:
     means, remainder, counts = state
     x, labels, used, _ = batch
     mesh = _placement.mesh_of(means, x, labels)
-    labels, used, x = _table.flatten_and_replicate(None, mesh, labels, used, x)
+    labels, used, x = _batch.flatten_and_replicate(None, mesh, labels, used, x)
     x = x.astype(_table.compute_dtype(x, means))
-    slots, classes = _groups.assign_slots(labels, used, means.shape[0])
-    number = classes.shape[0]
-    new = jax.ops.segment_sum(jnp.ones(slots.shape, jnp.int32), slots, number)
-    classes = jnp.where(new > 0, classes, means.shape[0])
+    slots = _groups.assign_slots(labels, used, means.shape[0])
+    new = slots.num_samples()
+    classes = jnp.where(new > 0, slots.classes, _groups.NO_CLASS)
     before = _table.gather_class_rows(counts, classes)
     # A new class starts at one of its samples. Differences from its old center, which may be far away, would
     # cost digits.
-    position = jnp.arange(slots.shape[0], dtype=jnp.int32)
-    sample = jnp.zeros(number, jnp.int32).at[slots].max(position, mode="drop")
+    position = jnp.arange(labels.size, dtype=jnp.int32)
+    sample = jnp.zeros(classes.shape, jnp.int32).at[slots.of_samples].max(position, mode="drop")
     old_means = _table.gather_class_rows(means, classes).astype(x.dtype)
     start = jnp.where((before > 0)[:, None], old_means, x[sample])
-    difference = x - start.at[slots].get(mode="clip")
-    sums = jax.ops.segment_sum(difference, slots, number)
+    sums = slots.sum(x - start.at[slots.of_samples].get(mode="clip"))
     # Compensated summation: `lost` is the part of the mean so far that did not fit into `start`.
     lost = _table.gather_class_rows(remainder, classes).astype(x.dtype)
     share = 1 / jnp.maximum(before + new, 1).astype(x.dtype)

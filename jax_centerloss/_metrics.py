@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_centerloss import _batch, _checks, _distances, _groups, _loss, _placement, _table
+from jax_centerloss import _batch, _checks, _distances, _groups, _placement, _reduce, _table
 from jax_centerloss._batch import Batch
-from jax_centerloss._table import AxisName
+from jax_centerloss._options import AxisName
 
 _OTHER_CLASSES = 1024  # Classes, at most, among which the nearest other center is searched.
 
@@ -94,23 +94,25 @@ def _compute_metrics(
     # Unused features are set to 0 before any square root, whose derivative at NaN can't be masked later.
     x = jnp.where(used[..., None], x, jnp.zeros((), x.dtype))
     rows, in_range = _table.gather_own_rows(centers, labels, x)
-    own = _distances.safe_sqrt(_loss.squared_distance(x.astype(rows.dtype), rows, in_range, used))
+    own = _distances.safe_sqrt(_reduce.squared_distance(x.astype(rows.dtype), rows, in_range, used))
     own = jnp.where(in_range, own, np.full((), np.nan, rows.dtype))
     gap = _nearest_other(centers, x, labels) - own
     metrics = {
-        "own_distance": _loss.weighted_mean(own, used, weights, axis_name),
-        "gap": _loss.weighted_mean(gap, used, weights, axis_name),
+        "own_distance": _reduce.weighted_mean(own, used, weights, axis_name),
+        "gap": _reduce.weighted_mean(gap, used, weights, axis_name),
     }
 
     mesh = _placement.mesh_of(centers, x, labels)
-    labels, used = _table.flatten_and_replicate(axis_name, mesh, labels, used & in_range)
-    slots, classes = _groups.assign_slots(labels, used, centers.shape[0])
-    seen = jax.ops.segment_sum(jnp.ones(slots.shape, jnp.int32), slots, classes.shape[0]) > 0
-    metrics["classes_seen"] = _loss.count(seen)
+    labels, used = _batch.flatten_and_replicate(axis_name, mesh, labels, used & in_range)
+    slots = _groups.assign_slots(labels, used, centers.shape[0])
+    seen = slots.num_samples() > 0
+    metrics["classes_seen"] = _reduce.count(seen)
     if previous is not None:
         dtype = _table.compute_dtype(centers, previous)
-        now, then = (_table.gather_class_rows(table, classes).astype(dtype) for table in (centers, previous))
-        metrics["moved"] = _loss.weighted_mean(
+        now, then = (
+            _table.gather_class_rows(table, slots.classes).astype(dtype) for table in (centers, previous)
+        )
+        metrics["moved"] = _reduce.weighted_mean(
             _distances.safe_sqrt(jnp.sum((now - then) ** 2, axis=-1)), seen
         )
     return metrics

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jax_centerloss import _checks, _placement
 from jax_centerloss._placement import OutSharding
 
+AxisName = Hashable | None
 Clip = tuple[float, float] | None
 ReduceFn = Callable[..., Any] | None
 

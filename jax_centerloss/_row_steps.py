@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from jax_centerloss import _table
+from jax_centerloss import _groups, _table
 
 
 def init_state(
@@ -46,7 +46,7 @@ def compute_steps(
         # Makes the write depend on the read. New rows need not depend on old ones, as in a state that keeps
         # the last gradient, and XLA could then write first and copy the table for the read.
         was_read = _table.true_after(old_rows.reshape(-1)[:1])
-        at = jnp.where(was_read, classes, centers.shape[0])
+        at = jnp.where(was_read, classes, _groups.NO_CLASS)
         return _table.set_rows(table, at, new_rows, seed, next(table_numbers))
 
     return steps["centers"], map_tables(tx, write, new_state, row_state, state)

@@ -23,8 +23,7 @@ from jax_centerloss import (
 )
 from jax_centerloss._batch import Batch
 from jax_centerloss._directions import Directions, Samples
-from jax_centerloss._table import AxisName
-from jax_centerloss._update import AFTER_ADVICE
+from jax_centerloss._options import AxisName
 
 _STATE_DTYPES = ("bfloat16", "float32", "float64")
 _FLOAT16_ADVICE = "float16 is not among them, since the squared gradients that Adam keeps often underflow."
@@ -102,8 +101,8 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
     separability = _separability.find_separability(tx)
     if separability.problem is not None:
         raise ValueError(
-            f"this transformation can't work row by row: {separability.problem}. Remove that part "
-            "of it, or give the centers the dense optimizer by `with_center_optimizer`."
+            f"this transformation can't work row by row: {separability.problem}. Leave out the part that "
+            "needs it, or give the centers a dense optimizer by `with_center_optimizer`."
         )
 
     init_state = partial(_row_steps.init_state, tx, state_dtype=state_dtype)
@@ -140,7 +139,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         _options.check_choice("rule", rule, _options.RULES)
         _checks.check_state(state, jax.eval_shape(init_state, centers), centers)
         state = _checks.as_arrays("state", state, "Pass on what `update` returns.")
-        after = _checks.as_arrays("after", after, AFTER_ADVICE)
+        after = _checks.as_after(after)
         if rounding_key is None and state_dtype == jnp.bfloat16:
             raise ValueError(
                 "a state in bfloat16 needs a rounding_key: rounded to nearest, small steps of it are lost. "
@@ -189,10 +188,10 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         if size is not None:
             moved: tuple[jax.Array, Any] = move_in_blocks(centers, state, directions, seed, size=size)
             return moved
-        gradient = -directions.scale[:, None] * directions.sums()
+        gradient = -directions.all_slots()
         if platform == "gpu":
             # On a GPU the sums of slots without a class are arbitrary. They must not enter a norm over rows.
-            has_class = (directions.classes < centers.shape[0])[:, None]
+            has_class = (directions.classes != _groups.NO_CLASS)[:, None]
             gradient = jnp.where(has_class, gradient, jnp.zeros((), gradient.dtype))
         return move_rows(centers, state, directions.classes, gradient, seed)
 
@@ -214,7 +213,7 @@ def _move_in_blocks(
     Every block starts from the old scalars of the state, such as Adam's count of steps, and the new state has
     the scalars that the first block returned.
     """
-    blocks, block = directions.blocks(size)
+    num_blocks, block = directions.blocks(size)
 
     def move_block(i: Any, centers: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         classes, direction = block(i)
@@ -226,5 +225,5 @@ def _move_in_blocks(
 
     centers, first = move_block(0, centers, state)
     carry = centers, _row_steps.with_tables_of(tx, state, first)
-    centers, last = lax.fori_loop(1, blocks, move_next, carry)
+    centers, last = lax.fori_loop(1, num_blocks, move_next, carry)
     return centers, _row_steps.with_tables_of(tx, first, last)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_centerloss import _row_steps, _table
+from jax_centerloss import _groups, _row_steps, _table
 
 # Large enough for Adafactor to factor its second moments.
 _NUM_CLASSES, _FEAT_DIM = 130, 128
@@ -78,7 +78,7 @@ def _run_trial(tx: optax.GradientTransformation) -> Separability:
         rows = jnp.array(touched, jnp.int32)
         expected = [dense(centers, state, rows, gradient, offset) for offset in jnp.array([0.0, 1e6])]
         # The last slot is empty, as some slots of a batch are.
-        classes = jnp.append(rows, jnp.int32(_NUM_CLASSES))
+        classes = jnp.append(rows, _groups.NO_CLASS)
         gradients = np.append(gradient[touched], np.zeros((1, _FEAT_DIM), np.float32), 0)
         in_two_parts = _steps_in_two_parts(by_rows, centers, state, classes, gradients)
         steps, state = by_rows(centers, state, classes, jnp.asarray(gradients))
@@ -123,7 +123,7 @@ def _steps_in_two_parts(
     """The steps, made for the first row alone and for the other rows alone."""
     first = np.arange(len(gradients)) == 0
     alone, others = (
-        by_rows(centers, state, jnp.where(part, classes, _NUM_CLASSES), gradients * part[:, None])[0]
+        by_rows(centers, state, jnp.where(part, classes, _groups.NO_CLASS), gradients * part[:, None])[0]
         for part in (first, ~first)
     )
     return jnp.where(first[:, None], alone, others)

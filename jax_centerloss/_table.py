@@ -1,6 +1,5 @@
 """Reads and writes of the class table, which keep it in place."""
 
-from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -9,12 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AbstractMesh
 from jax.typing import ArrayLike
 
 from jax_centerloss import _groups, _placement, _rounding
-
-AxisName = Hashable | None
+from jax_centerloss._options import AxisName
 
 
 def compute_dtype(*arrays: jax.Array) -> Any:
@@ -25,9 +22,10 @@ def compute_dtype(*arrays: jax.Array) -> Any:
 def gather_own_rows(centers: jax.Array, labels: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The center of each sample's class, sharded as `x` is, and whether the label is in `[0, C)`.
 
-    The row of a label out of range is arbitrary. No mask enters the gather, so that loss and update issue the
-    same gather, which XLA then runs once. Rows are in the compute dtype: their gradients are summed by class
-    in that dtype, and cast to the dtype of the centers after that.
+    Only the sharding and the dtype of `x` are used. The row of a label out of range is arbitrary. No mask
+    enters the gather, so that loss and update issue the same gather, which XLA then runs once. Rows are in
+    the compute dtype: their gradients are summed by class in that dtype, and cast to the dtype of the centers
+    after that.
     """
     if not labels.ndim:  # JAX can't gather a single row of a table that is sharded over Explicit axes.
         rows, in_range = gather_own_rows(centers, labels[None], x[None])
@@ -74,7 +72,7 @@ def _gather_tangent(tangent: jax.Array, index: jax.Array, *, platform: str) -> j
     if platform != "gpu":
         return tangent.at[index].get(mode="promise_in_bounds", out_sharding=out_sharding)
     flat = index.reshape(-1)
-    groups = _groups.group_by_class(flat, jnp.ones_like(flat, jnp.bool_), tangent.shape[0], platform)
+    groups = _groups.group_on_gpu(flat, jnp.ones_like(flat, jnp.bool_), tangent.shape[0])
     rows = tangent.at[_unique_indices(tangent, groups.classes)].get(
         mode="fill",
         fill_value=0,
@@ -94,35 +92,6 @@ def evenly_spaced_rows(centers: jax.Array, most: int) -> tuple[jax.Array, jax.Ar
     last = centers.shape[0] - 1
     classes = jnp.asarray(np.linspace(0, last, min(last + 1, most)).round(), jnp.int32)
     return classes, gather_class_rows(centers, classes)
-
-
-def flatten_and_replicate(
-    axis_name: AxisName, mesh: AbstractMesh | None, labels: jax.Array, used: jax.Array, *values: jax.Array
-) -> tuple[jax.Array, ...]:
-    """Flattens all sample axes, gathers the batch over `axis_name`, and replicates it on the mesh.
-
-    If tracing shows no mesh, only labels and mask are replicated. That is enough, since a scatter at
-    replicated indices has a replicated result.
-    """
-    arrays, ndim = (labels, used, *values), labels.ndim
-    if axis_name is not None:
-        arrays, ndim = tuple(_all_gather(a, axis_name) for a in arrays), ndim + 1
-    labels, used, *values_ = (a.reshape(-1, *a.shape[ndim:]) for a in arrays)
-    if mesh is not None:
-        values_ = [_placement.replicate(a, mesh) for a in values_]
-    return _placement.replicate(labels, mesh), _placement.replicate(used, mesh), *values_
-
-
-def _all_gather(a: jax.Array, axis_name: AxisName) -> jax.Array:
-    """`lax.all_gather` as a `psum` of disjoint parts.
-
-    The result of a `psum` is known to be replicated, which `shard_map` asks of centers whose `out_specs` do
-    not name the axis. That of `lax.all_gather` is not.
-    """
-    dtype = jnp.int32 if a.dtype == jnp.bool_ else a.dtype
-    parts = jnp.zeros((lax.psum(1, axis_name), *a.shape), dtype)
-    gathered: jax.Array = lax.psum(parts.at[lax.axis_index(axis_name)].set(a.astype(dtype)), axis_name)
-    return gathered.astype(a.dtype)
 
 
 def gather_class_rows(table: ArrayLike, classes: jax.Array) -> jax.Array:

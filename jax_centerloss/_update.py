@@ -11,10 +11,7 @@ from jax.typing import ArrayLike
 from jax_centerloss import _batch, _checks, _directions, _groups, _options, _placement, _rounding, _table
 from jax_centerloss._batch import Batch
 from jax_centerloss._directions import Directions, Samples
-from jax_centerloss._options import Clip, ReduceFn
-from jax_centerloss._table import AxisName
-
-AFTER_ADVICE = "Pass the loss, or a tree of what is computed from the centers."
+from jax_centerloss._options import AxisName, Clip, ReduceFn
 
 
 def update_centers(
@@ -129,7 +126,7 @@ def update_by_rule(
     batch = _batch.as_batch(x, labels, where, weights, centers)
     _options.check_choice("rule", rule, _options.RULES)
     rate = _checks.as_scalar("alpha", alpha)
-    after = _checks.as_arrays("after", after, AFTER_ADVICE)
+    after = _checks.as_after(after)
     seed = _rounding.seed_of(_checks.as_key("rounding_key", rounding_key), centers)
     if not differentiable:
         centers, batch, after = lax.stop_gradient((centers, batch, after))
@@ -172,21 +169,19 @@ def _update_on(
     if size is not None:
         new_centers: jax.Array = _add_in_blocks(centers, directions, seed, size=size)
         return new_centers
-    return _table.add_to_rows(
-        centers, directions.classes, directions.scale[:, None] * directions.sums(), seed
-    )
+    return _table.add_to_rows(centers, directions.classes, directions.all_slots(), seed)
 
 
 def _add_in_blocks(
     centers: jax.Array, directions: Directions, seed: jax.Array | None, *, size: int
 ) -> jax.Array:
     """Adds the directions to the centers, `size` slots at a time, whose sums fit the cache of a CPU."""
-    blocks, block = directions.blocks(size)
+    num_blocks, block = directions.blocks(size)
 
     def add(i: ArrayLike, centers: jax.Array) -> jax.Array:
         return _table.add_to_rows(centers, *block(i), seed)
 
     # The first block is added before the loop: `shard_map` requires that what goes into a loop varies over
     # the same mesh axes as what comes out.
-    new_centers: jax.Array = lax.fori_loop(1, blocks, add, add(0, centers))
+    new_centers: jax.Array = lax.fori_loop(1, num_blocks, add, add(0, centers))
     return new_centers

@@ -7,9 +7,8 @@ from jax.nn.initializers import normal
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_centerloss import _checks, _loss, _options, _update
-from jax_centerloss._options import Clip, ReduceFn
+from jax_centerloss._options import AxisName, Clip, ReduceFn
 from jax_centerloss._placement import OutSharding
-from jax_centerloss._table import AxisName
 
 
 class CenterLoss(nn.Module):

@@ -13,9 +13,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_centerloss import _checks, _loss, _options, _update
 from jax_centerloss._optim import OWNER
-from jax_centerloss._options import Clip, ReduceFn
+from jax_centerloss._options import AxisName, Clip, ReduceFn
 from jax_centerloss._placement import OutSharding
-from jax_centerloss._table import AxisName
 
 
 class Centers(nnx.Variable[jax.Array]):

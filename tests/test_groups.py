@@ -19,7 +19,10 @@ def test_each_class_once_with_the_sum_of_its_samples(platform, n, c, rng):
 
     @jax.jit
     def by_class(labels, used, values):
-        groups = _groups.group_by_class(labels, used, c, platform)
+        if platform == "gpu":
+            groups = _groups.group_on_gpu(labels, used, c)
+        else:
+            groups = _groups.assign_slots_on(labels, used, c, platform)
         return groups.classes, groups.sum(values)
 
     classes, sums = map(np.asarray, by_class(labels, used, values))
