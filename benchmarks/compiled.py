@@ -27,7 +27,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from placements import collectives
-from steps import BY_RULE, CELLS, HALF, IN_HALF, QUICK, ROUNDED, SCATTER, STEPS, by_rule, dense, program
+from steps import CELLS, HALF, IN_HALF, QUICK, ROUNDED, RULES, SCATTER, STEPS, by_rule, dense, program
 
 import jax_centerloss as jcl
 
@@ -134,7 +134,7 @@ def one_device(target: str, cells: list[tuple[int, int, int]], report: Report) -
             # Flax models have a sum of their own, of the cross-entropy with integer labels.
             sums, theirs = got.swaps + got.atomics, int(name in ("NNX", "Linen"))
             report.expect(f"{cell}: compare-and-swap loops and atomic sums", sums, theirs)
-            if name in BY_RULE:
+            if name in RULES:
                 room = 6 * n * d * 4 + 2**16 + (0 if c > n else 4 * n * c)
                 if gpu or d % 128 == 0:
                     report.expect(f"{cell}: temporaries", got.temporaries, room)

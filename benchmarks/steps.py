@@ -10,10 +10,10 @@ import optax
 from flax import linen, nnx
 
 import jax_centerloss as jcl
+from jax_centerloss._options import RULES
 
 CELLS = [(n, d, c) for n in (128, 1024, 8192) for d in (2, 128, 512) for c in (10, 1_000, 1_000_000)]
 QUICK = [(1024, 128, 10), (1024, 128, 1_000), (1024, 128, 1_000_000)]
-BY_RULE = ("paper", "gradient", "mean")
 ADAM = jcl.row_optimizer(optax.adam(0.1))
 HALF_ADAM = jcl.row_optimizer(optax.adam(0.1), state_dtype=jnp.bfloat16)
 
@@ -127,7 +127,7 @@ def program(name: str, n: int, d: int, c: int) -> tuple[Callable[..., Any], Any]
         return scatter_add, (table, x, labels)
     if name == BY_HAND:
         return by_hand, (table, x, labels)
-    if name in BY_RULE:
+    if name in RULES:
         return partial(by_rule, name), (table, x, labels)
     half, key = shape((c, d), jnp.bfloat16), shape((2,), jnp.uint32)
     if name == HALF:
@@ -147,4 +147,4 @@ def program(name: str, n: int, d: int, c: int) -> tuple[Callable[..., Any], Any]
 SCATTER, BY_HAND = "`.at[].add`", "paper, by `.at[].add`"
 HALF, ROUNDED, HALF_ROWS = "bfloat16, paper", "bfloat16, paper, with a key", "bfloat16, row Adam, with a key"
 IN_HALF = (HALF, ROUNDED, HALF_ROWS)
-STEPS = (SCATTER, *BY_RULE, "row Adam", "dense gradient", "nearest_center", "NNX", "Linen", *IN_HALF)
+STEPS = (SCATTER, *RULES, "row Adam", "dense gradient", "nearest_center", "NNX", "Linen", *IN_HALF)

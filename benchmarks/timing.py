@@ -10,8 +10,8 @@ from collections.abc import Callable
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory, for every library in this process.
 
-    Otherwise it may give a large array, such as a dense gradient, back to the system after each step. The next step
-    then spends more time in page faults than in its own work, in some runs and not in others.
+    Otherwise it may give a large array, such as a dense gradient, back to the system after each step. In some
+    runs, and not in others, the next step then spends more time in page faults than in its own work.
     """
     if sys.platform == "linux":
         glibc = ctypes.CDLL(None)

@@ -15,7 +15,7 @@ from jax_centerloss._options import AxisName
 
 def as_features(x: ArrayLike, centers: jax.Array) -> jax.Array:
     """`x` as an array `(..., D)` of floats, with the D of the centers."""
-    advice = "Pass the features `(..., D)` alone, without the other outputs of the model."
+    advice = "Pass the features `(..., D)` alone, not a tuple of all outputs of the model."
     if not jax.tree_util.all_leaves([x]) and len(jax.tree.leaves(x)) == 1:
         advice += " If these are the centers, they come first: (params, x), (params, x, labels)."
     x = _checks.as_array("x", x, advice)

@@ -72,7 +72,8 @@ def with_center_optimizer(
     Raises:
       TypeError: if `tx` or `centers` is not an optax transformation, `weight` is neither a number nor a
         function, or `select` is no function.
-      ValueError: if `weight` is negative or NaN; on `init`, if no leaf holds centers, or several may.
+      ValueError: if `weight` is negative or NaN (of a schedule, on `update` outside of `jit`); on `init`, if
+        no leaf holds centers, or several may.
 
     Example:
       >>> import jax.numpy as jnp, optax, jax_centerloss
@@ -91,11 +92,7 @@ def with_center_optimizer(
         )
     if weight is not None:
         if not callable(weight):
-            number = _checks.as_scalar(
-                "weight", weight, "Pass λ as a number, or as an optax schedule that returns one."
-            )
-            if _checks.is_concrete(number) and not number >= 0:
-                raise ValueError(f"weight must not be negative or NaN, got {weight}.")
+            _as_weight(weight)
         own = _divide_out(weight, own)
     chains = {"centers": own, "model": tx}
 
@@ -123,6 +120,13 @@ def with_center_optimizer(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _as_weight(weight: Any) -> jax.Array:
+    lam = _checks.as_scalar("weight", weight, "Pass λ as a number, or as an optax schedule that returns one.")
+    if _checks.is_concrete(lam) and not lam >= 0:
+        raise ValueError(f"weight must not be negative or NaN, got {float(lam):g}.")
+    return lam
+
+
 def _divide_out(
     weight: float | optax.Schedule, tx: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
@@ -135,8 +139,7 @@ def _divide_out(
     def update(
         updates: Any, state: DividedState, params: Any = None, **extra: Any
     ) -> tuple[Any, DividedState]:
-        advice = "Pass λ as a number, or as an optax schedule that returns one."
-        lam = _checks.as_scalar("weight", weight(state.step) if callable(weight) else weight, advice)
+        lam = _as_weight(weight(state.step) if callable(weight) else weight)
         is_zero = lam == 0
 
         def divide(gradient: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import jax_centerloss as jcl
+from jax_centerloss._options import RULES
 
 pytestmark = pytest.mark.usefixtures("for_its_platform")
 
@@ -31,7 +32,7 @@ def by_rows(centers, x, labels):
     return ROWS.update(centers, ROWS.init(centers), x, labels)
 
 
-STEPS = {rule: by_rule(rule) for rule in ("paper", "gradient", "mean")}
+STEPS = {rule: by_rule(rule) for rule in RULES}
 STEPS |= {"rows": by_rows, "dense": jax.grad(jcl.center_loss, (0, 1))}
 
 

@@ -13,6 +13,7 @@ from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
 import jax_centerloss as jcl
+from jax_centerloss._options import RULES
 
 C, D, N = 3, 16, 48
 
@@ -204,6 +205,14 @@ def test_lambda_divides_tables_of_every_dtype(lam, dtype):
 def test_a_lambda_that_is_no_number_is_refused(weight, error, words):
     with pytest.raises(error, match=words):
         jcl.with_center_optimizer(optax.sgd(0.1), weight=weight)
+
+
+def test_a_schedule_of_lambda_that_turns_negative_is_refused_where_its_value_is_known():
+    params = {"centers": jnp.ones((3, 2))}
+    tx = jcl.with_center_optimizer(optax.sgd(0.1), weight=lambda step: 0.1 - 0.2 * step.astype(jnp.float32))
+    _, state = tx.update(params, tx.init(params))
+    with pytest.raises(ValueError, match=r"weight must not be negative or NaN, got -0\.1"):
+        tx.update(params, state)
 
 
 # What optax wraps around.
@@ -762,7 +771,7 @@ def test_a_missing_label_is_ignored():
 
 
 def test_an_infinite_weight_shows_by_every_rule():
-    for rule in ("paper", "gradient", "mean"):
+    for rule in RULES:
         x = np.zeros((1, 2), np.float32)
         assert np.isnan(jcl.update_centers(x, x, [0], weights=np.array([np.inf]), rule=rule)).all()
 

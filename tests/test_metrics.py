@@ -132,3 +132,14 @@ def test_index_checks_find_nothing_in_a_clean_batch():
     metrics = jax.jit(functools.partial(jcl.center_metrics, previous=centers + 1.0))
     error, _ = checkify.checkify(metrics, errors=checkify.index_checks)(centers, x, labels)
     assert error.get() is None
+
+
+@pytest.mark.parametrize("function", [jcl.distance_map, jcl.nearest_center, jcl.center_metrics])
+def test_all_digits_are_asked_for_where_a_gpu_or_tpu_would_drop_some(function):
+    centers, x, labels, _ = draw(20)
+    arguments = (centers, x, labels) if function is jcl.center_metrics else (centers, x)
+    with jax.default_matmul_precision("bfloat16"):
+        program = jax.jit(function).lower(*arguments).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert products
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)

@@ -15,9 +15,9 @@ from oracle import Batch, Bounded, Precision
 from reference import enable_x64
 
 import jax_centerloss as jcl
+from jax_centerloss._options import RULES
 
 CLIP = (1e-12, 1e12)
-RULES = ("paper", "gradient", "mean")
 CLIPS = (CLIP, None, (1.0, 4.0))
 REDUCE = {"mean": jnp.mean, "sum": jnp.sum, None: None}
 ALPHA = 0.1

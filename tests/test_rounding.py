@@ -14,6 +14,7 @@ from placements import PLACEMENTS
 
 import jax_centerloss as jcl
 from jax_centerloss import _rounding
+from jax_centerloss._options import RULES
 
 HALF = ["bfloat16", "float16"]
 KEYS = 100_000
@@ -180,7 +181,7 @@ def test_the_mean_step_is_the_exact_one(rng, way, dtype):
 
 
 @pytest.mark.parametrize("options", [{}, {"where": True}, {"weights": True}], ids=["all", "where", "weights"])
-@pytest.mark.parametrize("rule", ["paper", "gradient", "mean"])
+@pytest.mark.parametrize("rule", RULES)
 def test_the_mean_step_of_each_rule(rng, rule, options):
     centers, x, labels = problem(rng)
     given = {"where": np.arange(64) % 3 > 0, "weights": np.float32(np.arange(64) % 4)}
