@@ -191,7 +191,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         gradient = -directions.all_slots()
         if platform == "gpu":
             # On a GPU the sums of slots without a class are arbitrary. They must not enter a norm over rows.
-            has_class = (directions.classes != _groups.NO_CLASS)[:, None]
+            has_class = (directions.classes < centers.shape[0])[:, None]
             gradient = jnp.where(has_class, gradient, jnp.zeros((), gradient.dtype))
         return move_rows(centers, state, directions.classes, gradient, seed)
 
