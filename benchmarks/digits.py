@@ -36,9 +36,10 @@ def prepare(centers: str, width: int, batch: int) -> Callable[[], None]:
     model.embed = nnx.Linear(width, 2, rngs=nnx.Rngs(2))
     if centers == "none":
         model.center_loss = Nothing()
-    optimizer = nnx.Optimizer(
-        model, digits.make_optimizer(centers, args.lr, 0.0, args.alpha, 10_000), wrt=nnx.Param
-    )
+    tx = digits.make_optimizer(args.lr, 10_000)
+    if centers == "optax":
+        tx = digits.with_centers(tx, args.alpha, 0.1, 0, 10_000)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     graphdef, state = nnx.split((model, optimizer))
     rng = np.random.default_rng(0)
     x, y = jnp.asarray(rng.random((1347, 64)), jnp.float32), jnp.asarray(rng.integers(0, 10, 1347), jnp.int32)

@@ -1,6 +1,6 @@
 """Time of a training step of the centers (loss, gradient of the features, moved centers) against the classes.
 
-python benchmarks/update.py                   # every cell: prints the tables, draws out/update.png
+python benchmarks/update.py                   # every cell: prints the table, draws update.png, speed.png
 python benchmarks/update.py --quick --check   # a few cells; fails where a target is missed
 
 Needs torch and matplotlib. On a GPU the peers run there too (`--device cuda`).
@@ -55,6 +55,14 @@ STYLES = {
     "by hand": ("tab:olive", ":"),
     "rows": ("tab:gray", ":"),
     "copy": ("black", ":"),
+}
+# The few lines of speed.png, and what each is called where it ends.
+SHOWN = {
+    "paper": ("tab:blue", "this library"),
+    "reference": ("tab:red", "PyTorch module"),
+    "dense SGD": ("tab:orange", "PyTorch, dense SGD"),
+    "sparse SGD": ("tab:brown", "PyTorch, sparse SGD"),
+    "rows": ("tab:gray", "limit of the memory"),
 }
 
 
@@ -272,6 +280,41 @@ def draw(path: Path, results: dict[Cell, dict[str, float]]) -> None:
     figure.savefig(path, dpi=80)
 
 
+def draw_one(path: Path, results: dict[Cell, dict[str, float]], n: int = 1024, d: int = 128) -> None:
+    """The picture for newcomers: a few lines, of one N and D, each with its name at its end.
+
+    Without this N and D among the results, it is of the first that there is.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    if not any(cell[:2] == (n, d) for cell in results):
+        n, d = next(iter(results))[:2]
+    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, (color, label) in SHOWN.items():
+        points = [(cell[2], t[name] * 1e3) for cell, t in results.items() if cell[:2] == (n, d) and name in t]
+        if points:
+            ours = name in OURS
+            line = ":" if name == "rows" else "-"
+            ax.plot(*zip(*points, strict=True), line, color=color, marker="o", linewidth=3 if ours else 1.8)
+            style = {"color": color, "va": "center", "weight": "bold" if ours else "normal"}
+            ax.annotate(label, points[-1], (8, 0), textcoords="offset points", **style)
+    ax.set(xscale="log", yscale="log", xlabel="number of classes", ylabel="milliseconds a step")
+    ax.set_title(f"A step of {n:,} samples with {d} features", loc="left")
+    for values in (ax.xaxis, ax.yaxis):
+        values.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    ax.minorticks_off()
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    low, high = ax.get_xlim()
+    ax.set_xlim(low, high * (high / low) ** 0.3)  # Room for the names.
+    ax.set_xticks([tick for tick in ax.get_xticks() if low <= tick <= high])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+
+
 def report(results: dict[Cell, dict[str, float]]) -> list[str]:
     """Prints what the targets ask for, and returns those that were missed."""
     missed = []
@@ -346,7 +389,9 @@ def main() -> int:
         "--seconds", type=float, default=3, help="measuring time of a cell, at least (default: 3)"
     )
     parser.add_argument("--memory", type=float, default=18, help="GiB that tables may take (default: 18)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for update.png (default: out)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)"
+    )
     args = parser.parse_args()
     cells = QUICK if args.quick else CELLS
     if args.cells:
@@ -372,7 +417,10 @@ def main() -> int:
     print()
     missed = report(results)
     draw(args.out / "update.png", results)
-    print(f"\nCost against the classes: {args.out / 'update.png'}")
+    draw_one(args.out / "speed.png", results)
+    print(
+        f"\nCost against the classes: {args.out / 'speed.png'}, and of all peers: {args.out / 'update.png'}"
+    )
     return int(args.check and bool(missed))
 
 

@@ -1,19 +1,15 @@
-"""What the examples share: flags, downloads, the schedule of λ, and tables over seeds."""
+"""What the examples share: flags, downloads, tables over seeds, and pictures."""
 
 import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from scipy import linalg, stats
 from tqdm import tqdm
 
@@ -136,29 +132,6 @@ def check_finite(losses: Sequence[float], run: str) -> None:
         raise SystemExit(f"{run}: the loss is not finite. Lower --lr or the weight of the center loss.")
 
 
-def lam_at(steps: np.ndarray, lam: float, warmup_steps: int) -> np.ndarray:
-    """The weight of the center loss at each step: linear from lam / warmup_steps up to lam."""
-    return (lam * np.minimum(1.0, (steps + 1) / max(warmup_steps, 1))).astype(np.float32)
-
-
-def divide_by_lam() -> optax.GradientTransformationExtraArgs:
-    """Takes λ, which changes from step to step, out of the centers' gradient again; at λ = 0 they rest."""
-
-    def update(updates: Any, state: Any, params: Any = None, *, lam: jax.Array, **_: Any) -> Any:
-        del params
-        inverse = jnp.where(lam > 0, 1 / jnp.where(lam > 0, lam, jnp.ones_like(lam)), jnp.zeros_like(lam))
-        return jax.tree.map(lambda g: inverse * g, updates), state
-
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
-
-
-@nnx.jit
-def predict(model: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The features of a network, and the classes that its softmax layer finds."""
-    features = model.features(x)
-    return features, jnp.argmax(model.head(features), axis=-1)
-
-
 def compactness(
     train: tuple[np.ndarray, np.ndarray],
     test: tuple[np.ndarray, np.ndarray],
@@ -193,19 +166,6 @@ def compactness_table(arms: dict[str, list[dict[str, float]]]) -> str:
     ]
     meanings = [f"{title}: {meaning}" for title, meaning, _ in COMPACTNESS.values()]
     return "\n".join([markdown(["", *(title for title, *_ in COMPACTNESS.values())], rows), "", *meanings])
-
-
-@cache  # One object for all runs: a new one would compile their step anew.
-def make_optimizer(
-    centers: str, lr: float, weight_decay: float, alpha: float, steps: int
-) -> optax.GradientTransformationExtraArgs:
-    """SGD for the network; if `centers` is "optax", plain SGD of rate `alpha` for them, without λ."""
-    sgd = optax.sgd(optax.cosine_decay_schedule(lr, steps), momentum=0.9)
-    tx = optax.chain(optax.add_decayed_weights(weight_decay), sgd)
-    if centers == "optax":
-        own = optax.chain(divide_by_lam(), optax.sgd(alpha))
-        return jax_centerloss.with_center_optimizer(tx, centers=own)
-    return optax.with_extra_args_support(tx)
 
 
 def over_seeds(count: int) -> str:

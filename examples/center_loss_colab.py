@@ -137,7 +137,7 @@ print("here:                   ", jax_centerloss.center_loss(params, x, labels))
 # whose centers stay near zero. All three train on the digits 0 to 6 and then verify pairs of the digits 7 to 9,
 # which they never saw. A single seed on three digits only shows how it is asked; `omniglot.py` asks it with 1,623
 # characters, and the answer stands in the
-# [README](https://github.com/jax-centerloss/jax-centerloss/blob/main/examples/README.md#omniglot).
+# [page of results](https://github.com/jax-centerloss/jax-centerloss/blob/main/docs/results.md#omniglot).
 
 # %%
 omniglot = importlib.import_module("omniglot")

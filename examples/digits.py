@@ -7,7 +7,7 @@ trains a small Flax NNX network both ways, over several seeds, prints a table an
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import _ctrl_c
@@ -24,11 +24,8 @@ from _common import (
     compactness,
     compactness_table,
     draw_planes,
-    lam_at,
-    make_optimizer,
     number,
     over_seeds,
-    predict,
     progress,
     say_if_quick,
 )
@@ -63,8 +60,27 @@ class Model(nnx.Module):
         return self.embed(nnx.relu(self.hidden2(nnx.relu(self.hidden1(x)))))
 
 
+def lam_at(steps: np.ndarray, lam: float, warmup_steps: int) -> np.ndarray:
+    """The weight of the center loss at each step: linear from lam / warmup_steps up to lam."""
+    return (lam * np.minimum(1.0, (steps + 1) / max(warmup_steps, 1))).astype(np.float32)
+
+
+@cache  # One object for all runs: a new one would compile their step anew.
+def make_optimizer(lr: float, steps: int) -> optax.GradientTransformation:
+    return optax.sgd(optax.cosine_decay_schedule(lr, steps), momentum=0.9)
+
+
+@cache
+def with_centers(
+    tx: optax.GradientTransformation, alpha: float, lam: float, warmup_steps: int, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """`tx`, with plain SGD of rate `alpha` for the centers, whatever λ is."""
+    lams = jnp.asarray(lam_at(np.arange(steps), lam, warmup_steps))
+    return jax_centerloss.with_center_optimizer(tx, centers=optax.sgd(alpha), weight=lambda step: lams[step])
+
+
 def make_epoch(args: argparse.Namespace) -> Epoch:
-    """One jitted program for every run: λ is traced, so λ = 0 (softmax alone) is no other program."""
+    """One jitted program for every run by rule: λ is traced, so λ = 0 (softmax alone) is no other program."""
     by_rule = args.centers == "rule"
 
     def loss_fn(model: Model, x: jax.Array, y: jax.Array, lam: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -74,7 +90,7 @@ def make_epoch(args: argparse.Namespace) -> Epoch:
 
     def step(model: Model, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array, lam: jax.Array) -> jax.Array:
         (loss, features), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, x, y, lam)
-        optimizer.update(model, grads, lam=lam)
+        optimizer.update(model, grads)
         if by_rule:
             model.center_loss.update_centers(features, y, alpha=args.alpha, after=loss)
         return loss
@@ -96,11 +112,17 @@ def make_epoch(args: argparse.Namespace) -> Epoch:
     return epoch
 
 
+@nnx.jit
+def predict(model: Model, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The features of a network, and the classes that its softmax layer finds."""
+    features = model.features(x)
+    return features, jnp.argmax(model.head(features), axis=-1)
+
+
 def train(
     args: argparse.Namespace,
     data: Data,
     epoch: Epoch,
-    tx: optax.GradientTransformation,
     *,
     lam: float,
     seed: int,
@@ -108,16 +130,20 @@ def train(
 ) -> tuple[Model, Any, list[float]]:
     """A trained network, its centers one epoch before the end, and the mean loss of each epoch."""
     x, y = jnp.asarray(data[0]), jnp.asarray(data[1])
+    batches = len(y) // args.batch_size  # Samples beyond the last full batch wait for another epoch.
+    steps, warmup_steps = args.epochs * batches, args.warmup * batches
+    lams = lam_at(np.arange(steps), lam, warmup_steps).reshape(args.epochs, batches)
+    tx = make_optimizer(args.lr, steps)
+    if args.centers == "optax":
+        tx = with_centers(tx, args.alpha, lam, warmup_steps, steps)
     model = Model(args.feat_dim, args.centers, rngs=nnx.Rngs(seed))
     graphdef, state = nnx.split((model, nnx.Optimizer(model, tx, wrt=nnx.Param)))
     shuffle = np.random.default_rng(seed)
-    batches = len(y) // args.batch_size  # Samples beyond the last full batch wait for another epoch.
     losses = []
     for i in range(args.epochs):
         previous = jax.tree.map(jnp.copy, nnx.state(nnx.merge(graphdef, state)[0].center_loss))
         order = shuffle.permutation(len(y))[: batches * args.batch_size].reshape(batches, -1)
-        steps = np.arange(i * batches, (i + 1) * batches)
-        state, loss = epoch(graphdef, state, x, y, order, lam_at(steps, lam, args.warmup * batches))
+        state, loss = epoch(graphdef, state, x, y, order, lams[i])
         losses.append(float(loss))
         bar.set_postfix(seed=seed, lam=lam, loss=f"{losses[-1]:.3f}", refresh=False)
         bar.update()
@@ -155,15 +181,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     data = (x_train, y_train, x_test, y_test)
     args = parse_args(argv, len(y_train))
-    steps = args.epochs * (len(y_train) // args.batch_size)
-    tx = make_optimizer(args.centers, args.lr, 0.0, args.alpha, steps)
     epoch = make_epoch(args)
 
     with _ctrl_c.stopped_by_hand():
-        return compare(args, data, tx, epoch)
+        return compare(args, data, epoch)
 
 
-def compare(args: argparse.Namespace, data: Data, tx: Any, epoch: Epoch) -> dict[str, Any]:
+def compare(args: argparse.Namespace, data: Data, epoch: Epoch) -> dict[str, Any]:
     """Trains every arm with every seed, prints the table and draws the picture of seed 0."""
     x_train, y_train, x_test, y_test = data
     results: dict[str, Any] = {arm: [] for arm in ARMS}
@@ -172,7 +196,7 @@ def compare(args: argparse.Namespace, data: Data, tx: Any, epoch: Epoch) -> dict
         for seed in range(args.seeds):
             for arm, title in ARMS.items():
                 lam = args.lam if arm == "center" else 0.0
-                model, previous, losses = train(args, data, epoch, tx, lam=lam, seed=seed, bar=bar)
+                model, previous, losses = train(args, data, epoch, lam=lam, seed=seed, bar=bar)
                 features, predicted = map(np.asarray, predict(model, x_test))
                 train_features, _ = predict(model, x_train)
                 metrics, means = compactness(

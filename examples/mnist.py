@@ -14,7 +14,7 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,8 @@ from _common import (
     compactness_table,
     download,
     draw_planes,
-    lam_at,
-    make_optimizer,
     number,
     over_seeds,
-    predict,
     progress,
     say_if_quick,
 )
@@ -156,6 +153,26 @@ def pool(x: jax.Array) -> jax.Array:
     return nnx.max_pool(x, (2, 2), (2, 2))
 
 
+def lam_at(steps: np.ndarray, lam: float, warmup_steps: int) -> np.ndarray:
+    """The weight of the center loss at each step: linear from lam / warmup_steps up to lam."""
+    return (lam * np.minimum(1.0, (steps + 1) / max(warmup_steps, 1))).astype(np.float32)
+
+
+@cache  # One object for all runs: a new one would compile their step anew.
+def make_optimizer(lr: float, weight_decay: float, steps: int) -> optax.GradientTransformation:
+    sgd = optax.sgd(optax.cosine_decay_schedule(lr, steps), momentum=0.9)
+    return optax.chain(optax.add_decayed_weights(weight_decay), sgd)
+
+
+@cache
+def with_centers(
+    tx: optax.GradientTransformation, alpha: float, lam: float, warmup_steps: int, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """`tx`, with plain SGD of rate `alpha` for the centers, whatever λ is."""
+    lams = jnp.asarray(lam_at(np.arange(steps), lam, warmup_steps))
+    return jax_centerloss.with_center_optimizer(tx, centers=optax.sgd(alpha), weight=lambda step: lams[step])
+
+
 @partial(nnx.jit, static_argnames="by_rule", donate_argnums=(0, 1))
 def train_step(
     model: Model,
@@ -174,7 +191,7 @@ def train_step(
         return cross_entropy + lam * model.center_loss(x, labels), x
 
     (loss, x), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model)
-    optimizer.update(model, grads, lam=lam)
+    optimizer.update(model, grads)
     if by_rule:
         model.center_loss.update_centers(x, labels, alpha=alpha, after=loss, rounding_key=key)
     return loss
@@ -209,7 +226,9 @@ def train(
     per_epoch = len(labels) // args.batch_size
     steps = args.epochs * per_epoch
     model = Model(args.full, args.centers, args.precision, rngs=nnx.Rngs(seed))
-    tx = make_optimizer(args.centers, args.lr, args.weight_decay, args.alpha, steps)
+    tx = make_optimizer(args.lr, args.weight_decay, steps)
+    if args.centers == "optax":
+        tx = with_centers(tx, args.alpha, lam, args.warmup * per_epoch, steps)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     lams = lam_at(np.arange(steps), lam, args.warmup * per_epoch)
     alpha = np.float32(args.alpha)
@@ -260,6 +279,13 @@ def train(
 def centers_of(model: Model) -> jax.Array:
     (table,) = jax.tree.leaves(nnx.state(model.center_loss))
     return table
+
+
+@nnx.jit
+def predict(model: Model, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The features of a network, and the classes that its softmax layer finds."""
+    features = model.features(x)
+    return features, jnp.argmax(model.head(features), axis=-1)
 
 
 def predict_all(model: Model, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ the norm of the features. Only the second has centers that move.
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,6 @@ from _common import (
     check_flags,
     difference,
     draw_planes,
-    lam_at,
-    make_optimizer,
     markdown,
     new_figure,
     number,
@@ -137,6 +136,12 @@ def batches(args: argparse.Namespace, size: int, seed: int) -> Iterator[tuple[np
             yield order[start : start + args.batch_size], random.integers(0, 5, (args.batch_size, 2))
 
 
+@cache  # One object for all runs: a new one would compile their step anew.
+def make_optimizer(lr: float, weight_decay: float, steps: int) -> optax.GradientTransformation:
+    sgd = optax.sgd(optax.cosine_decay_schedule(lr, steps), momentum=0.9)
+    return optax.chain(optax.add_decayed_weights(weight_decay), sgd)
+
+
 def train(
     args: argparse.Namespace, data: Drawings, arm: str, lam: float, seed: int, bar: Any
 ) -> tuple[Model, dict[str, Any]]:
@@ -144,9 +149,9 @@ def train(
     per_epoch = len(data.labels) // args.batch_size
     steps = args.epochs * per_epoch
     model = Model(data.labels.max() + 1, args.feat_dim, rngs=nnx.Rngs(seed))
-    tx = make_optimizer("rule", args.lr, args.weight_decay, args.alpha, steps)
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    lams = lam_at(np.arange(steps), lam, args.warmup * per_epoch)
+    optimizer = nnx.Optimizer(model, make_optimizer(args.lr, args.weight_decay, steps), wrt=nnx.Param)
+    # From lam / (steps of the warm-up) up to lam.
+    lams = np.float32(lam * np.minimum(1.0, np.arange(1, steps + 1) / max(args.warmup * per_epoch, 1)))
     alpha = np.float32(args.alpha if arm == "center" else 0)
     losses, previous = [], None
     for i, (chosen, shifts) in enumerate(batches(args, len(data.labels), seed)):

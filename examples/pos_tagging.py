@@ -27,7 +27,6 @@ from _common import (
     check_flags,
     download,
     draw_planes,
-    lam_at,
     markdown,
     number,
     over_seeds,
@@ -212,9 +211,10 @@ def fit(
     model = Tagger(words, args.hidden, args.time_major, rngs=nnx.Rngs(seed))
     steps = args.epochs * len(train)
     optimizer = nnx.Optimizer(model, make_optimizer(args.lr, steps), wrt=nnx.Param)
-    lams = lam_at(np.arange(steps), lam, args.warmup * len(train)).reshape(args.epochs, -1)
+    # From lam / (steps of the warm-up) up to lam.
+    lams = np.float32(lam * np.minimum(1.0, np.arange(1, steps + 1) / max(args.warmup * len(train), 1)))
     losses = []
-    for epoch, weights in zip(epochs(args, train, seed), lams, strict=True):
+    for epoch, weights in zip(epochs(args, train, seed), lams.reshape(args.epochs, -1), strict=True):
         previous = jax.tree.map(jnp.copy, nnx.state(model.center_loss))
         found = [
             train_step(model, optimizer, *batch, weight, np.float32(args.alpha))

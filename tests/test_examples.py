@@ -15,7 +15,9 @@ import _ctrl_c
 import digits
 import jax
 import jax.numpy as jnp
+import mnist
 import numpy as np
+import optax
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -122,21 +124,26 @@ def test_planes_are_turned_and_mirrored_alike(rng):
     assert _common.alike([replace(first, previous=None)])[0].previous is None
 
 
-def test_warm_up_is_linear():
-    lams = _common.lam_at(np.arange(6), 0.4, 4)
+@pytest.mark.parametrize("example", [digits, mnist], ids=["digits", "mnist"])
+def test_warm_up_is_linear(example):
+    lams = example.lam_at(np.arange(6), 0.4, 4)
     assert lams.dtype == np.float32
     np.testing.assert_allclose(lams, [0.1, 0.2, 0.3, 0.4, 0.4, 0.4], rtol=1e-6)
-    np.testing.assert_allclose(_common.lam_at(np.arange(3), 0.4, 0), [0.4] * 3, rtol=1e-6)
+    np.testing.assert_allclose(example.lam_at(np.arange(3), 0.4, 0), [0.4] * 3, rtol=1e-6)
 
 
 @pytest.mark.parametrize("lam", [0.0, 1e-4, 0.1, 3.0])
-def test_centers_step_has_no_lam(lam):
-    lam = jnp.float32(lam)
-    grads = {"centers": lam * jnp.array([[1.0, -2.0]])}
-    tx = _common.divide_by_lam()
-    step, _ = jax.jit(lambda g, lam: tx.update(g, tx.init(g), lam=lam))(grads, lam)
-    expected = [[1.0, -2.0]] if lam > 0 else [[0.0, 0.0]]
-    np.testing.assert_allclose(step["centers"], expected, rtol=1e-6)
+@pytest.mark.parametrize("example", [digits, mnist], ids=["digits", "mnist"])
+def test_centers_step_has_no_lam(example, lam):
+    tx = example.with_centers(optax.sgd(0.1), 0.5, lam, 4, 6)
+    params = {"centers": jnp.zeros((1, 2)), "head": jnp.zeros(1)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for weight in example.lam_at(np.arange(6), lam, 4):
+        grads = {"centers": weight * jnp.array([[1.0, -2.0]]), "head": jnp.ones(1)}
+        updates, state = update(grads, state, params)
+        expected = [[-0.5, 1.0]] if lam > 0 else [[0.0, 0.0]]
+        np.testing.assert_allclose(updates["centers"], expected, rtol=1e-6)
+        np.testing.assert_allclose(updates["head"], [-0.1], rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The recipes of examples/README.md: the knobs with which this library does what others do."""
+"""The recipes of docs/recipes.md: the knobs with which this library does what others do."""
 
 import re
 from pathlib import Path
@@ -14,8 +14,7 @@ import reference as ref
 import jax_centerloss as jcl
 
 RATE = 0.5
-README = Path(__file__).parent.parent / "examples" / "README.md"
-RECIPES_TEXT = README.read_text(encoding="utf-8").split("\n## Recipes\n")[1].split("\n## ")[0]
+RECIPES_TEXT = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
 LOSSES, CAFFE = re.findall(r"```python\n(.*?)```", RECIPES_TEXT, re.DOTALL)
 
 
@@ -27,9 +26,9 @@ def as_a_user():
 
 
 def defined(text):
-    """What a block of the README defines."""
+    """What a block of the page defines."""
     space = {}
-    exec(compile(text, "README", "exec"), space)
+    exec(compile(text, "recipes.md", "exec"), space)
     return space
 
 
@@ -281,13 +280,13 @@ def test_on_the_sphere_a_center_grows_as_a_parameter_and_keeps_its_length_by_rul
     np.testing.assert_allclose(lengths(peers.run("cosine, by rule")[1]), 1.0, rtol=1e-12)
 
 
-def steps_in_the_readme():
+def steps_in_the_page():
     table = RECIPES_TEXT.split("step of a lone sample")[1].split("\n\n")[0]
     rows = re.findall(r"^\| (.+?) \|.*\| ([\d.]+)(?: λ| / C)? \|$", table, re.M)
     return {name: float(step) for name, step in rows}
 
 
-def test_steps_in_the_readme():
+def test_steps_in_the_page():
     names = {
         "the paper": "paper",
         "its Caffe layer": "caffe",
@@ -304,7 +303,7 @@ def test_steps_in_the_readme():
         "Euclidean, not squared": "euclidean",
         "one Adam for everything, λ left in": "one Adam",
     }
-    steps = steps_in_the_readme()
+    steps = steps_in_the_page()
     assert steps.keys() == names.keys()
     with ref.enable_x64():
         for title, name in names.items():

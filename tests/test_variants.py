@@ -1,0 +1,344 @@
+"""docs/variants.md: its functions against NumPy in float64, and on real digits."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference as ref
+from flax import nnx
+from sklearn.datasets import load_digits
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import train_test_split
+
+import jax_centerloss as jcl
+
+PAGE = Path(__file__).parents[1] / "docs" / "variants.md"
+CLASSES, FEATURES, SAMPLES = 5, 3, 12
+
+
+@pytest.fixture(autouse=True)
+def as_a_reader():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def page():
+    """What the page defines, block after block."""
+    space = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+            exec(compile(block, PAGE.name, "exec"), space)
+    return space
+
+
+@pytest.fixture
+def draw(rng):
+    """Centers, features and labels, of which one is masked, and not all classes are there."""
+    labels = rng.integers(0, CLASSES - 1, SAMPLES)
+    labels[3] = -1
+    return rng.normal(size=(CLASSES, FEATURES)), rng.normal(size=(SAMPLES, FEATURES)), labels
+
+
+def squared(centers, x):
+    """`(N, C)` squared distances, by the difference."""
+    return np.sum((x[:, None] - centers[None]) ** 2, axis=-1)
+
+
+def own(centers, x, labels):
+    return squared(centers, x)[np.arange(len(x)), labels]
+
+
+def used_only(formula):
+    """The formula for a mean, of the samples that are not masked."""
+
+    def mean(centers, x, labels):
+        used = labels >= 0
+        return np.mean(formula(centers, x[used], labels[used]))
+
+    return mean
+
+
+def cosine(centers, x, labels):
+    c = centers[labels]
+    return 1 - np.sum(x * c, -1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(c, axis=-1))
+
+
+def outside(centers, x, labels):
+    return np.maximum(np.sqrt(own(centers, x, labels)) - 1.25, 0) ** 2
+
+
+def contrastive(centers, x, labels):
+    d = own(centers, x, labels)
+    return 0.5 * d / (squared(centers, x).sum(-1) - d + 0.5)
+
+
+def triplet(centers, x, labels):
+    d = 0.5 * squared(centers, x)
+    others = [np.delete(row, label).min() for row, label in zip(d, labels, strict=True)]
+    return np.maximum(0.5 * own(centers, x, labels) + 2.0 - others, 0)
+
+
+def island(centers, x, labels):
+    used = labels >= 0
+    pull = 0.5 * np.sum(own(centers, x[used], labels[used]))
+    pairs = [
+        np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)) + 1
+        for j, a in enumerate(centers)
+        for k, b in enumerate(centers)
+        if j != k
+    ]
+    return pull + 0.3 * np.sum(pairs)
+
+
+VARIANTS = {
+    "cosine_loss": ({}, used_only(cosine)),
+    "radius_loss": ({"radius": 1.25}, used_only(outside)),
+    "contrastive_center_loss": ({"delta": 0.5}, used_only(contrastive)),
+    "triplet_center_loss": ({"margin": 2.0}, used_only(triplet)),
+    "island_loss": ({"lam1": 0.3}, island),
+}
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+def slopes(function, array):
+    """The derivative of a NumPy function by each number of an array, by central differences."""
+    steps = 1e-6 * np.eye(array.size).reshape(array.size, *array.shape)
+    return np.reshape([(function(array + h) - function(array - h)) / 2e-6 for h in steps], array.shape)
+
+
+@every_variant
+def test_value_and_gradients_are_those_of_the_formula(page, draw, name):
+    flags, formula = VARIANTS[name]
+    centers, x, labels = draw
+    with ref.enable_x64():
+        loss_of = jax.jit(jax.value_and_grad(partial(page[name], **flags), argnums=(0, 1)))
+        loss, (by_centers, by_x) = loss_of(*map(jnp.asarray, draw))
+        np.testing.assert_allclose(loss, formula(*draw), rtol=1e-12)
+        expected = slopes(lambda c: formula(c, x, labels), centers)
+        np.testing.assert_allclose(by_centers, expected, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(
+            by_x, slopes(lambda v: formula(centers, v, labels), x), rtol=1e-6, atol=1e-8
+        )
+
+
+@every_variant
+@pytest.mark.parametrize("content", [np.nan, np.inf, 1e30])
+def test_what_a_masked_sample_holds_changes_nothing(page, draw, name, content):
+    centers, x, labels = (jnp.asarray(a, a.dtype.kind + "4") for a in draw)
+    loss_of = jax.value_and_grad(partial(page[name], **VARIANTS[name][0]), argnums=(0, 1))
+    found = loss_of(centers, x.at[3].set(content), labels)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(loss_of(centers, x, labels)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(found[1][1][3], 0)
+
+
+@every_variant
+def test_at_the_center_and_without_samples_gradients_are_finite(page, name):
+    centers, labels = jnp.eye(CLASSES), jnp.arange(CLASSES)
+    loss_of = jax.value_and_grad(partial(page[name], **VARIANTS[name][0]), argnums=(0, 1))
+    for used in (labels, jnp.full_like(labels, -1)):
+        loss, grads = loss_of(centers, centers, used)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, grads)))
+        if name in ("cosine_loss", "radius_loss", "contrastive_center_loss"):
+            assert loss == pytest.approx(0, abs=1e-6)
+            assert max(np.abs(grad).max() for grad in grads) < 1e-6
+
+
+def test_a_zero_vector_has_no_direction_and_a_finite_gradient(page):
+    centers, x = jnp.eye(2), jnp.array([[0.0, 0.0], [3.0, 4.0]])
+    np.testing.assert_allclose(page["unit"](x), [[0, 0], [0.6, 0.8]], rtol=1e-6)
+    grads = jax.grad(page["cosine_loss"], argnums=(0, 1))(centers, x, jnp.array([0, 1]))
+    assert all(np.isfinite(grad).all() for grad in grads)
+
+
+def test_balanced_weights_give_the_mean_of_class_means(page, draw):
+    centers, x, labels = draw
+    classes = np.unique(labels[labels >= 0])
+    with ref.enable_x64():
+        class_weights = page["balanced_weights"](labels, CLASSES)
+        found = jcl.center_loss(centers, x, labels, weights=class_weights[labels], clip=None)
+        moved = jcl.update_centers(centers, x, labels, weights=class_weights[labels], alpha=0.5)
+    of_classes = [own(centers, x[labels == j], labels[labels == j]).mean() for j in classes]
+    np.testing.assert_allclose(found, np.mean(of_classes), rtol=1e-12)
+    expected = centers.copy()
+    for j in classes:  # One sample's worth of pull a class: sum(w) = 1.
+        expected[j] -= 0.5 * (centers[j] - x[labels == j].mean(0)) / 2
+    np.testing.assert_allclose(moved, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one t", "a t for each sample"])
+def test_mixup_is_two_weighted_losses(page, draw, rng, shared):
+    centers, x, labels = draw
+    others = np.where(labels >= 0, rng.permutation(np.maximum(labels, 0)), -1)
+    t = 0.3 if shared else rng.uniform(size=SAMPLES)
+    used = labels >= 0
+    of_each = t * own(centers, x, labels) + (1 - t) * own(centers, x, others)
+    expected = centers.copy()
+    weights = np.broadcast_to(t, SAMPLES)
+    for j in range(CLASSES):
+        w = weights * (labels == j) + (1 - weights) * (others == j)
+        expected[j] -= 0.5 * np.sum(w[:, None] * (centers[j] - x), axis=0) / (1 + w.sum())
+    with ref.enable_x64():
+        found = page["mixup_loss"](centers, x, labels, others, t)
+        moved = page["mixup_update"](centers, x, labels, others, t)
+    np.testing.assert_allclose(found, of_each[used].mean(), rtol=1e-10)
+    np.testing.assert_allclose(moved, expected, rtol=1e-12)
+
+
+def test_radius_of_zero_is_center_loss_and_a_large_one_pulls_nothing(page, draw):
+    draw = tuple(map(jnp.asarray, draw))
+    near = page["radius_loss"](*draw, radius=1e-6)
+    assert near == pytest.approx(float(jcl.center_loss(*draw)), rel=1e-5)
+    loss, grads = jax.value_and_grad(page["radius_loss"], argnums=(0, 1))(*draw, radius=100.0)
+    assert loss == 0
+    assert all((grad == 0).all() for grad in grads)
+
+
+def test_outlier_score_is_the_distance_to_the_nearest_center(page, draw):
+    centers, x, _ = draw
+    with ref.enable_x64():
+        np.testing.assert_allclose(page["outlier_score"](centers, x), squared(centers, x).min(-1), rtol=1e-12)
+    assert page["outlier_score"](jnp.eye(2), jnp.array([[jnp.nan, 0.0]])).tolist() == [0.0]
+
+
+def test_prototypes_are_class_means_and_pass_gradients_on(page, draw, rng):
+    _, support, labels = draw
+    query, query_labels = rng.normal(size=(4, FEATURES)), np.array([0, 2, -1, 1])
+    labels = np.where(labels >= 0, np.arange(SAMPLES) % CLASSES, -1)
+
+    def formula(support, query):
+        means = np.stack([support[labels == j].mean(0) for j in range(CLASSES)])
+        used = query_labels >= 0
+        e = np.exp(-squared(means, query[used]))
+        return np.mean(-np.log(e[np.arange(used.sum()), query_labels[used]] / e.sum(-1)))
+
+    with ref.enable_x64():
+        loss, grads = jax.value_and_grad(page["prototypical_loss"], argnums=(0, 2))(
+            jnp.asarray(support), labels, jnp.asarray(query), jnp.asarray(query_labels), CLASSES
+        )
+        _, (by_support, by_query) = jax.value_and_grad(page["prototypical_loss"], argnums=(0, 2))(
+            jnp.asarray(support).at[3].set(jnp.nan),
+            labels,
+            jnp.asarray(query).at[2].set(jnp.nan),
+            jnp.asarray(query_labels),
+            CLASSES,
+        )
+    np.testing.assert_allclose(loss, formula(support, query), rtol=1e-12)
+    expected = slopes(lambda v: formula(v, query), support), slopes(lambda v: formula(support, v), query)
+    for found in (grads, (by_support, by_query)):
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
+
+
+def adam_step(tx, params, opt_state, x, labels):
+    def loss_of(params):
+        logits = (x @ params["head"])[:, : int(labels.max()) + 1]
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return cross_entropy + 0.1 * jcl.center_loss(params["centers"], x, labels, clip=None)
+
+    updates, opt_state = tx.update(jax.grad(loss_of)(params), opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def test_a_grown_training_goes_on_as_if_it_had_not_grown(page, draw, rng):
+    centers, x, _ = draw
+    x, labels = jnp.asarray(x), np.arange(SAMPLES) % CLASSES
+    tx = optax.adam(0.1)
+    params = {"head": jnp.asarray(rng.normal(size=(FEATURES, CLASSES))), "centers": jnp.asarray(centers)}
+    wider = jax.tree.map(jnp.asarray, {"head": np.ones((FEATURES, 7)), "centers": np.ones((7, FEATURES))})
+    opt_state = tx.init(params)
+    for _ in range(3):
+        params, opt_state = adam_step(tx, params, opt_state, x, labels)
+    grown_params, grown_state = page["grown"](params, wider), page["grown"](opt_state, tx.init(wider))
+    assert (grown_params["head"][:, CLASSES:] == 1).all()
+    assert (grown_params["centers"][CLASSES:] == 1).all()
+    for _ in range(3):
+        params, opt_state = adam_step(tx, params, opt_state, x, labels)
+        grown_params, grown_state = adam_step(tx, grown_params, grown_state, x, labels)
+    np.testing.assert_allclose(grown_params["head"][:, :CLASSES], params["head"], rtol=1e-6)
+    np.testing.assert_allclose(grown_params["centers"][:CLASSES], params["centers"], rtol=1e-6)
+    assert grown_state[0].count == 6
+
+
+def test_a_grown_nnx_model_has_the_old_numbers_in_front(page):
+    (old, _), (new, optimizer) = page["before"], page["after"]
+    found, drawn = new.center_loss.centers[...], page["Model"](7, nnx.Rngs(1)).center_loss.centers[...]
+    np.testing.assert_array_equal(found[:5], old.center_loss.centers[...])
+    np.testing.assert_array_equal(found[5:], drawn[5:])
+    np.testing.assert_array_equal(new.head.kernel[...][:, :5], old.head.kernel[...])
+    grads = nnx.grad(lambda model: model.center_loss(jnp.ones((2, 3)), jnp.array([0, 6])))(new)
+    optimizer.update(new, grads)
+    assert not np.array_equal(new.center_loss.centers[...][6], drawn[6])
+
+
+def test_fixed_centers_pull_and_are_not_pulled(page, draw):
+    by_centers, by_x = jax.grad(page["fixed_loss"], argnums=(0, 1))(*map(jnp.asarray, draw))
+    assert (by_centers == 0).all()
+    np.testing.assert_array_equal(by_x, jax.grad(jcl.center_loss, argnums=1)(*map(jnp.asarray, draw)))
+    params = {"centers": jnp.asarray(draw[0]), "w": jnp.ones(2)}
+    tx = jcl.with_center_optimizer(optax.sgd(1.0), centers=optax.set_to_zero())
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    assert (updates["centers"] == 0).all()
+    assert (updates["w"] == -1).all()
+
+
+WIDTH, DIM, STEPS = 64, 16, 150
+
+
+def digits_without(left_out, lam, pixels, digits, test_pixels):
+    """Scores of test digits by distance and by softmax, after training without one class."""
+    labels = jnp.where(digits == left_out, -1, digits)
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = [(64, WIDTH), (WIDTH, WIDTH), (WIDTH, DIM), (DIM, 10)]
+    weights = [
+        jax.random.normal(key, size) * (2 / size[0]) ** 0.5 for key, size in zip(keys, sizes, strict=True)
+    ]
+    tx = optax.adam(3e-3)
+
+    def features(weights, x):
+        return jax.nn.relu(jax.nn.relu(x @ weights[0]) @ weights[1]) @ weights[2]
+
+    def loss_of(weights, centers):
+        x = features(weights, pixels)
+        logits = jnp.where(jnp.arange(10) == left_out, -jnp.inf, x @ weights[3])
+        log_p = jax.nn.log_softmax(logits)[jnp.arange(len(labels)), jnp.maximum(labels, 0)]
+        cross_entropy = -jnp.mean(log_p, where=labels >= 0)
+        return cross_entropy + lam * jcl.center_loss(centers, x, labels), x
+
+    def step(carry, _):
+        weights, centers, opt_state = carry
+        grads, x = jax.grad(loss_of, has_aux=True)(weights, centers)
+        updates, opt_state = tx.update(grads, opt_state)
+        centers = jcl.update_centers(centers, x, labels, rule="mean")
+        return (optax.apply_updates(weights, updates), centers, opt_state), None
+
+    start = (weights, jnp.zeros((10, DIM)), tx.init(weights))
+    (weights, centers, _), _ = jax.lax.scan(step, start, length=STEPS)
+    x = features(weights, test_pixels)
+    logits = jnp.where(jnp.arange(10) == left_out, -jnp.inf, x @ weights[3])
+    known = jnp.where(jnp.arange(10)[:, None] == left_out, jnp.inf, centers)  # Never the nearest.
+    return x, known, -jnp.max(jax.nn.softmax(logits), axis=-1)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_digit_that_was_left_out_is_found_by_its_distance(page):
+    images, labels = load_digits(return_X_y=True)
+    train, test, y_train, y_test = train_test_split(
+        np.float32(images / 16), labels, test_size=0.5, random_state=0
+    )
+    run = jax.jit(jax.vmap(digits_without, in_axes=(0, None, None, None, None)))
+    areas = {}
+    for lam in (0.0, 0.1):
+        x, centers, by_softmax = run(jnp.arange(10), lam, train, y_train, test)
+        by_distance = jax.vmap(page["outlier_score"])(centers, x)
+        for name, scores in (("distance", by_distance), ("softmax", by_softmax)):
+            areas[lam, name] = [roc_auc_score(y_test == j, scores[j]) for j in range(10)]
+            print(f"λ = {lam}, by {name}: {np.mean(areas[lam, name]):.3f}, least {min(areas[lam, name]):.2f}")
+    assert np.mean(areas[0.1, "distance"]) > 0.9
+    assert np.mean(areas[0.1, "distance"]) > np.mean(areas[0.0, "distance"])
