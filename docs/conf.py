@@ -1,6 +1,7 @@
 """The documentation site: `sphinx-build -W -n --keep-going -b html docs out/site`, without a network too."""
 
 import ast
+import html
 import inspect
 import re
 import tempfile
@@ -126,6 +127,7 @@ def linked(app, text, own):
 
 def as_rst(app, what, name, obj, options, lines):
     """Docstrings have code in single backquotes, as Markdown has, and lists of `"option"`: text."""
+    lines[:] = re.sub(r"`[^`]*`", lambda code: re.sub(r"\n *", " ", code[0]), "\n".join(lines)).split("\n")
     item = False
     for i, line in enumerate(lines):
         starts = re.match(r' *`"\w+"`: ', line) is not None
@@ -171,6 +173,25 @@ def links_of_the_root(app, path, parent, content):
     content[0] = re.sub(r"(\]\()(?![a-z]+:|#|\w+\.md)", rf"\1{GITHUB}", content[0])
 
 
+def breakable(app, pagename, templatename, context, doctree):
+    """Lets long names in a table break after `_`, `.` and `(`, and a signature after its parenthesis."""
+
+    def name(found):
+        if len(html.unescape(found[0])) < 18:
+            return found[0]
+        return re.sub(r"(?<=\w\w)(_|\(|\.(?=[A-Za-z]))", r"\1<wbr>", found[0])
+
+    def cell(found):
+        text = found[0].replace('<span class="pre">test_', '<span class="pre name">test_')
+        return re.sub(r'(?<=">)[^<\s]{18,}(?=</span>)', name, text)
+
+    if "body" in context:
+        body = re.sub(r"<td[ >].*?</td>", cell, context["body"], flags=re.DOTALL)
+        context["body"] = body.replace(
+            '<span class="sig-paren">(</span>', '<span class="sig-paren">(</span><wbr>'
+        )
+
+
 def as_wide_as_the_page(app, doctree):
     """Pictures, which Sphinx then links to themselves in full size."""
     for image in doctree.findall(nodes.image):
@@ -193,5 +214,6 @@ def setup(app):
     app.connect("autodoc-process-docstring", as_rst, priority=100)  # Before napoleon.
     app.connect("autodoc-process-signature", readable_signature)
     app.connect("doctree-read", as_wide_as_the_page)
+    app.connect("html-page-context", breakable)
     app.connect("source-read", outside_links)
     app.connect("include-read", links_of_the_root)

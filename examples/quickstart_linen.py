@@ -57,7 +57,7 @@ def main(argv=None):
             state, loss = train_step(state, images[batch], labels[batch])
         bar.set_postfix(loss=f"{loss:.3f}")
 
-    x, logits, _ = model.apply({"params": state.params}, test_images, test_labels)
+    x, logits, _ = model.apply({"params": state.params}, test_images, test_labels)  # Without labels: -1.
     print(f"test accuracy: {(logits.argmax(-1) == test_labels).mean():.1%}")
     centers = state.params["center_loss"]
     metrics = jax_centerloss.center_metrics(centers, x, test_labels)
