@@ -1,4 +1,7 @@
-"""Center loss for JAX: the numbers of the PyTorch module, at a cost that does not grow with the classes."""
+"""Center loss for JAX, with the values of the PyTorch module github.com/KaiyangZhou/pytorch-center-loss.
+
+The cost of `center_loss`, `update_centers` and a `row_optimizer` does not grow with the number of classes.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""The arguments of a batch: checked, brought to one form, and gathered where a batch is split."""
+"""The arguments of a batch: checked, brought to one form, and all-gathered from the devices that split it."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ def as_features(x: ArrayLike, centers: jax.Array) -> jax.Array:
     """`x` as an array `(..., D)` of floats, with the D of the centers."""
     advice = "Pass the features `(..., D)` alone, not a tuple of all outputs of the model."
     if not jax.tree_util.all_leaves([x]) and len(jax.tree.leaves(x)) == 1:
-        advice += " If these are the centers, they come first: (params, x), (params, x, labels)."
+        advice += " If you passed the centers as x: the order is (params, x), or (params, x, labels)."
     x = _checks.as_array("x", x, advice)
     advice = "Cast it first: `x.astype(jnp.float32)`. Labels come after it: (params, x, labels)."
     _checks.check_floating(x.dtype, "x", advice)
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     """A checked batch. Its arrays are sharded as `x` is, if they are on a mesh."""
 
     x: jax.Array  # (..., D)
-    labels: jax.Array  # (...), of 32 bits or more.
+    labels: jax.Array  # (...), integers of at least 32 bits.
     used: jax.Array  # (...), whether `where` selects the sample and its label is not negative.
     weights: jax.Array | None  # (...), 0 for an unused sample, NaN for a negative weight.
 
@@ -61,13 +61,13 @@ def as_batch(
     _check_concrete_values(labels, where, weights, centers.shape[0])
     if numbers is None:
         return Batch(x, indices, used, None)
-    # NumPy constants: an eager NaN made by JAX would trip `jax_debug_nans` on a clean batch.
+    # NumPy constants: `jax_debug_nans` would report a NaN made by JAX, even if no weight is negative.
     numbers = jnp.where(numbers < 0, np.full((), np.nan, numbers.dtype), numbers)
     return Batch(x, indices, used, jnp.where(used, numbers, np.zeros((), numbers.dtype)))
 
 
 def _as_class_indices(labels: ArrayLike, x: jax.Array) -> jax.Array:
-    advice = "Pass integer classes: names are numbered by `np.unique(names, return_inverse=True)[1]`."
+    advice = "Pass integer classes: `np.unique(names, return_inverse=True)[1]` converts names."
     classes = _checks.as_array("labels", labels, advice)
     if not jnp.issubdtype(classes.dtype, jnp.integer):
         advice = (
@@ -90,7 +90,7 @@ def _as_class_indices(labels: ArrayLike, x: jax.Array) -> jax.Array:
 def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
     """`weights` in float32 or float64, one per sample."""
     if _checks.is_numpy_like(weights) and np.asarray(weights).dtype.kind in "iu":
-        weights = np.asarray(weights, np.float64)  # JAX may narrow integers to 32 bits.
+        weights = np.asarray(weights, np.float64)  # `as_array` may clip integers to 32 bits.
     given = _checks.as_array("weights", weights, "Pass numbers, one for each label.")
     if not (jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)):
         raise TypeError(f"weights must be real numbers, got {given.dtype.name}. A mask goes into `where`.")
@@ -99,15 +99,19 @@ def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
 
 
 def _as_per_sample(name: str, array: jax.Array, x: jax.Array) -> jax.Array:
-    """`array`, which has to have one entry per sample, sharded as `x` is."""
+    """Returns `array` sharded like `x`, and raises unless it has one entry per sample."""
     if array.shape != x.shape[:-1]:
-        advice = " Of weights by class pass `weights[labels]`." if name == "weights" else ""
+        advice = " If these are weights of classes, pass `weights[labels]`." if name == "weights" else ""
         raise ValueError(f"{name} must have the shape of labels {x.shape[:-1]}, got {array.shape}.{advice}")
     return _placement.reshard_like_samples(array, x)
 
 
 def _check_concrete_values(labels: ArrayLike, where: Any, weights: Any, num_classes: int) -> None:
-    """Raises on labels `>= C` and negative weights of used samples, unless one of these arrays is traced."""
+    """Raises on a label `>= C` and on a negative weight, unless one of the arrays is traced.
+
+    A masked sample may have any label and weight, a sample with a negative label any weight, and a sample of
+    weight 0 any label.
+    """
     if not (_checks.is_concrete(labels) and _checks.is_concrete(where)):
         return
     values = np.asarray(labels)
@@ -123,10 +127,10 @@ def _check_concrete_values(labels: ArrayLike, where: Any, weights: Any, num_clas
                 f"{values[negative].flat[0]}."
             )
         used = used & (numbers != 0)
-    out = (values >= num_classes) & used
-    if out.any():
+    outside = (values >= num_classes) & used
+    if outside.any():
         raise ValueError(
-            f"label {values[out].flat[0]} is out of range for {num_classes} classes: labels go from 0 "
+            f"label {values[outside].flat[0]} is out of range for {num_classes} classes: labels go from 0 "
             f"to {num_classes - 1}; negative ones are ignored."
         )
 
@@ -136,7 +140,7 @@ def flatten_and_replicate(
 ) -> tuple[jax.Array, ...]:
     """Flattens the sample axes of a batch, gathers it over `axis_name`, and replicates it on the mesh.
 
-    If tracing shows no mesh, only labels and mask are replicated. That is enough, since a scatter at
+    If the mesh is unknown, only labels and mask are replicated. That is enough, since a scatter at
     replicated indices has a replicated result.
     """
     arrays, ndim = (labels, used, *values), labels.ndim
@@ -149,10 +153,10 @@ def flatten_and_replicate(
 
 
 def _all_gather(a: jax.Array, axis_name: AxisName) -> jax.Array:
-    """`lax.all_gather` as a `psum` of disjoint parts.
+    """`lax.all_gather`, written as a `psum` of disjoint parts.
 
-    The result of a `psum` is known to be replicated, which `shard_map` asks of centers whose `out_specs` do
-    not name the axis. That of `lax.all_gather` is not.
+    Centers have to be replicated if their `out_specs` do not name the axis. `shard_map` knows that the result
+    of a `psum` is replicated, but not that the result of `lax.all_gather` is.
     """
     dtype = jnp.int32 if a.dtype == jnp.bool_ else a.dtype
     parts = jnp.zeros((lax.psum(1, axis_name), *a.shape), dtype)

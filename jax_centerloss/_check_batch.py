@@ -26,14 +26,15 @@ def check_batch(
     `checkify`, or Flax's `nnx.checkify` around an NNX step, it adds to the error that checkify returns.
     Inside plain `jit` it does nothing. It reads O(N·D) numbers, and does not find a distance that overflows
     float32. JAX drops all checks inside a `scan` that is differentiated as a whole: differentiate inside of
-    the `scan`. It can't return a check from a `shard_map` over Explicit axes.
+    the `scan`. checkify can't return a check from a `shard_map` over Explicit axes. Use its default,
+    `errors=checkify.user_checks`: `index_checks` would report indices that an update drops on purpose.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
       x: features `(..., D)`, floating point.
-      labels: integer classes `(...)`. Negative ones are ignored.
+      labels: integer classes `(...)`. A negative label leaves its sample out.
       where: boolean `(...)`, the samples to use; all by default.
-      weights: real numbers `(...)`, one for each sample.
+      weights: real numbers `(...)`. A weight of 0 leaves its sample out.
 
     Raises:
       ValueError: if something is wrong with the values, and on a shape that does not fit.
@@ -53,7 +54,7 @@ def check_batch(
     with jax.debug_nans(False), jax.debug_infs(False):  # These would raise first, and name no sample.
         centers = _checks.as_table(params)
         batch = _batch.as_batch(x, labels, where, weights, centers)
-        # The weights as they were passed, since in the batch negative ones are NaN.
+        # In the batch negative weights are NaN, so the weights are taken as they were passed.
         passed = None if weights is None else _batch.as_weights(weights, batch.x)
         faults = _find_faults(centers, batch, passed)
     for fault in faults:
@@ -81,7 +82,7 @@ def _find_faults(centers: jax.Array, batch: _batch.Batch, weights: jax.Array | N
         message = "the weight of a used sample, of class {label}, is {value}"
         faults.append(_fault(message, labels, used & (weights < 0), weights, negative=True))
         faults.append(_fault(message, labels, used & jnp.logical_not(jnp.isfinite(weights)), weights))
-    rows, in_range = _table.gather_own_rows(centers, labels, x)
+    rows, in_range = _table.gather_label_rows(centers, labels, x)
     message = f"label {{label}} is out of range for {centers.shape[0]} classes"
     faults.append(_fault(message, labels, used & (labels >= centers.shape[0]), labels))
     message = "a feature of a used sample, of class {label}, is {value}"
@@ -94,11 +95,11 @@ def _find_faults(centers: jax.Array, batch: _batch.Batch, weights: jax.Array | N
 def _fault(
     message: str, labels: jax.Array, bad: jax.Array, values: jax.Array, negative: bool = False
 ) -> Fault:
-    """The fault where `bad` is True, shown by the greatest label that has it.
+    """The fault where `bad` is True, with the greatest label that has it as the example.
 
-    So the example is the same on every platform. For `negative` weights it shows the lowest one of that
-    label, else the first of NaN, infinity and minus infinity that it has. The message on a label out of range
-    shows no value.
+    The example is then the same on every platform. Its value is the lowest weight of that label if weights
+    are `negative`, else the first of NaN, infinity and minus infinity that the label has. The message on a
+    label out of range shows no value.
     """
     of_sample = bad if bad.ndim == labels.ndim else jnp.any(bad, axis=-1)
     label = jnp.max(jnp.where(of_sample, labels, jnp.zeros((), labels.dtype)), initial=0)

@@ -1,4 +1,7 @@
-"""Checks of array arguments, at trace time: under `jit` they cost nothing when the program runs."""
+"""Checks of array arguments, at trace time: under `jit` they cost nothing when the program runs.
+
+A "table" is an array with one row for each class: the `(C, D)` centers, or a leaf of an optimizer's state.
+"""
 
 import inspect
 from collections.abc import Mapping
@@ -11,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 
 def as_array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.Array:
-    """The argument `name` as a JAX array. A NumPy array is copied.
+    """Returns the argument `name` as a JAX array. A NumPy array is copied.
 
     On a CPU JAX would use the memory of an aligned NumPy array, and might read it after the call has
     returned. A data loader may have overwritten it by then.
@@ -19,9 +22,11 @@ def as_array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.
     try:
         if is_numpy_like(value):
             value = np.asarray(value).copy()
-            if value.dtype.kind in "iu":  # Clipped, since JAX would wrap 64-bit integers around.
+            if value.dtype.kind in "iu":
+                # Without x64 JAX converts int64 to int32 modulo 2**32, and a huge label could become a valid
+                # one. A clipped label stays out of range.
                 limits = np.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
-                value = value.clip(max(limits.min, np.iinfo(value.dtype).min), limits.max)
+                value = value.clip(limits.min, limits.max)
         return jnp.asarray(value)
     except jax.errors.JAXTypeError:  # JAX's error about a tracer says more.
         raise
@@ -30,7 +35,7 @@ def as_array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.
 
 
 def is_numpy_like(value: Any) -> bool:
-    """Whether it is an array of another library than JAX: NumPy's, or one that converts to it."""
+    """Whether `value` is a NumPy array, or converts to one, and is not a JAX array."""
     converts = hasattr(value, "__array__") and not hasattr(value, "__jax_array__")
     return converts and not isinstance(value, jax.Array)
 
@@ -41,12 +46,12 @@ def as_arrays(name: str, tree: Any, advice: str) -> Any:
 
 
 def as_after(after: Any) -> Any:
-    """The argument `after`, with its leaves as arrays."""
+    """Checks `after`, the values that must be computed before the centers are overwritten."""
     return as_arrays("after", after, "Pass the loss, or a tree of what is computed from the centers.")
 
 
 def describe(value: Any) -> str:
-    """What an error says of a wrong argument."""
+    """A short description of `value` for an error."""
     if inspect.isroutine(value) or inspect.isclass(value):
         return f"the {'class' if inspect.isclass(value) else 'function'} {value.__name__}"
     if isinstance(value, Mapping):
@@ -65,15 +70,15 @@ def check_floating(dtype: DTypeLike, name: str, advice: str | None = None) -> No
 
 
 def as_table(params: Any, name: str = "params") -> jax.Array:
-    """The one leaf of `params`, which has to be a `(C, D)` table of floats."""
+    """Returns the one leaf of `params`, and raises unless it is a `(C, D)` table of floats."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if len(leaves) != 1:
         found = ", ".join(jax.tree_util.keystr(path) for path, _ in leaves[:8]) or "none"
         raise ValueError(
             f"{name} must hold exactly one array, the (C, D) centers, got {len(leaves)} leaves: {found}"
             f"{', ...' if len(leaves) > 8 else ''}. Pass the part of the tree that holds the centers alone: "
-            'a dict {"centers": array}, an NNX module or its state, or of Linen variables '
-            '`variables["params"]["<module>"]`, with "centers" instead of "params" if they are state.'
+            'a dict {"centers": array}, an NNX module or its state, or for Linen '
+            '`variables["params"]["<module>"]` (`variables["centers"]["<module>"]` if centers are state).'
         )
     centers = as_array(
         f"the leaf of {name}",
@@ -81,16 +86,16 @@ def as_table(params: Any, name: str = "params") -> jax.Array:
         'Pass the (C, D) centers. A Linen module holds none: pass its `variables["params"]`.',
     )
     if centers.ndim != 2 or 0 in centers.shape:
-        name = "centers" if name == "params" else name
+        shown = "centers" if name == "params" else name
         raise ValueError(
-            f"{name} must have shape (C, D) with at least one class and one feature, got {centers.shape}."
+            f"{shown} must have shape (C, D) with at least one class and one feature, got {centers.shape}."
         )
     check_floating(centers.dtype, "centers")
     return centers
 
 
 def is_concrete(value: ArrayLike | None) -> bool:
-    """Whether the values can be read here: not traced, and not on the devices of other processes."""
+    """Whether the values can be read: they are not traced, and fully addressable by this process."""
     leaves = jax.tree.leaves(value)  # A list of labels may hold tracers.
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return False
@@ -98,7 +103,7 @@ def is_concrete(value: ArrayLike | None) -> bool:
 
 
 def as_scalar(name: str, value: Any, advice: str | None = None) -> jax.Array:
-    """A real number or a scalar array."""
+    """Returns `value` as a scalar array, and raises unless it is one real number."""
     advice = advice or f"Pass a number. If it is a schedule, pass its value: `{name}=schedule(step)`."
     number = as_array(name, value, advice, "a number")
     if number.ndim:
@@ -109,12 +114,12 @@ def as_scalar(name: str, value: Any, advice: str | None = None) -> jax.Array:
 
 
 def as_key(name: str, value: Any) -> jax.Array | None:
-    """One PRNG key, typed or of the raw kind, or None."""
+    """Returns one PRNG key, new-style typed or legacy uint32. None stays None."""
     if value is None:
         return None
     advice = (
-        "Pass another key in each step: `jax.random.fold_in(jax.random.key(0), step)`, say, or in NNX "
-        "`rngs.rounding()`."
+        "Pass a new key in each step, for example `jax.random.fold_in(jax.random.key(0), step)`, or in NNX "
+        "`rngs.rounding()`, from a stream of your `nnx.Rngs`."
     )
     keys = as_array(name, value, advice, "a PRNG key")
     ndim = keys.ndim
@@ -131,7 +136,7 @@ def as_key(name: str, value: Any) -> jax.Array | None:
 
 
 def as_previous_table(params: Any, previous: Any, centers: jax.Array) -> jax.Array:
-    """The table in `previous`, of the shape of `centers`. It must not be the same array as in `params`."""
+    """Returns the table in `previous`, and raises if it has another shape or is the array in `params`."""
     advice = "Keep a copy from before the steps: `previous = jax.tree.map(jnp.copy, params)`."
     leaves = [leaf for leaf in jax.tree.leaves(previous) if isinstance(leaf, jax.Array)]
     if any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in leaves):
@@ -139,7 +144,7 @@ def as_previous_table(params: Any, previous: Any, centers: jax.Array) -> jax.Arr
     earlier = as_table(previous, "previous")
     if any(one is other for one in jax.tree.leaves(params) for other in jax.tree.leaves(previous)):
         raise ValueError(
-            "previous holds the centers themselves, from which they have not moved: the state of an NNX "
+            "previous holds the centers themselves, so that nothing has moved since: the state of an NNX "
             f"module, for example, changes with the module. {advice}"
         )
     if earlier.shape != centers.shape:
@@ -150,20 +155,20 @@ def as_previous_table(params: Any, previous: Any, centers: jax.Array) -> jax.Arr
 def check_state(state: Any, expected: Any, centers: jax.Array) -> None:
     """Compares the state of a row optimizer with the shapes and dtypes that its `init` makes.
 
-    The state of another optimizer passes if it has the same structure, as those of Adam and Yogi have.
+    It can't tell optimizers apart if their states have the same structure, such as Adam and Yogi.
     """
     shapes = [jax.tree.map(np.shape, tree) for tree in (state, expected)]
     structures = {jax.tree.structure(tree) for tree in (state, expected)}
     if len(structures) > 1 or shapes[0] != shapes[1]:
         raise ValueError(
-            f"state is not of this optimizer and centers {centers.shape}: expected {shapes[1]}, got "
+            f"state does not belong to this optimizer and centers {centers.shape}: expected {shapes[1]}, got "
             f"{shapes[0]}. Make it with this row optimizer's `init(params)`, and pass on what `update` "
             "returns: `params, state = rows.update(params, state, x, labels)`."
         )
-    # The dtypes of tables only: Python numbers may stand for scalars.
+    # Only the dtypes of tables are compared, since a scalar may be a Python number.
     for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         if np.ndim(leaf) and jax.dtypes.canonicalize_dtype(leaf.dtype) != like.dtype:
             raise ValueError(
-                f"state holds {leaf.dtype.name} where this optimizer keeps {like.dtype.name}: make it with "
-                "the `state_dtype` that the state was made with, or cast the state."
+                f"state holds {leaf.dtype.name} where this optimizer keeps {like.dtype.name}: create the row "
+                "optimizer with the `state_dtype` of this state, or cast the state."
             )

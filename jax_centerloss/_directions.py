@@ -1,4 +1,7 @@
-"""The three rules: how a batch moves the center of each of its classes, for a rate alpha of 1."""
+"""The three rules: how a batch moves the center of each of its classes.
+
+The "direction" of a class is the step of its center for a rate alpha of 1.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +17,7 @@ from jax_centerloss import _batch, _groups, _options, _placement, _reduce, _tabl
 from jax_centerloss._batch import Batch
 from jax_centerloss._options import AxisName
 
-_BLOCK_NUMBERS = 2**17  # In a block of sums on a CPU, which then stays in its cache.
+_BLOCK_ENTRIES = 2**17  # The sums of a block of slots have so many entries, which fit the cache of a CPU.
 
 
 class Samples(NamedTuple):
@@ -25,13 +28,13 @@ class Samples(NamedTuple):
     weighted_difference: jax.Array  # (N, D), x - c, times the weight of the sample.
     squared_distance: jax.Array  # (N,), |x - c|², not weighted.
     weights: jax.Array | None  # (N,)
-    ready: jax.Array  # True, computed from everything that has to be read before the centers are written.
+    ready: jax.Array  # Always True, but computed from `after`, so that a write that uses it comes later.
 
 
 def compare_with_centers(centers: jax.Array, batch: Batch, after: Any, axis_name: AxisName) -> Samples:
     """Computes the differences of a batch from the centers."""
     x, labels, used, weights = batch
-    rows, in_range = _table.gather_own_rows(centers, labels, x)
+    rows, in_range = _table.gather_label_rows(centers, labels, x)
     x = x.astype(rows.dtype)
     # Written as in the loss, so that XLA computes it once for both.
     difference, squared_distance = x - rows, _reduce.squared_distance(x, rows, in_range, used)
@@ -52,15 +55,15 @@ def compare_with_centers(centers: jax.Array, batch: Batch, after: Any, axis_name
 class Directions(NamedTuple):
     """How the centers of a batch's classes move.
 
-    The direction of class `classes[s]` is `scale[s]` times the sum of the differences of its samples.
+    The direction of class `classes[s]` is `scale[s]` times the sum of `weighted_difference` over its samples.
     """
 
-    classes: jax.Array  # (S,), none twice; `NO_CLASS` in a slot that moves no center.
-    # (S,), NaN if a sample of the class has a distance or weight that is NaN or infinite. Under "gradient" of
-    # a mean, one NaN weight makes all of them NaN.
+    classes: jax.Array  # (S,), distinct except for `NO_CLASS`, in slots that move no center.
+    # (S,), NaN if a sample of the class has a distance or weight that is NaN or infinite. With the "gradient"
+    # of a mean, one NaN weight makes all of them NaN, since it enters the denominator.
     scale: jax.Array
     feat_dim: int
-    # `sum_slots(first, number)` returns the `(number, D)` sums of the slots from `first` on.
+    # `sum_slots(first, number)` returns the `(number, D)` sums of the slots `first` to `first + number - 1`.
     sum_slots: Callable[[ArrayLike, int], jax.Array]
 
     def all_slots(self) -> jax.Array:
@@ -68,8 +71,8 @@ class Directions(NamedTuple):
         return self.scale[:, None] * self.sum_slots(0, self.classes.shape[0])
 
     def block_size(self) -> int | None:
-        """The number of slots in a block on a CPU, or None if one block would hold them all."""
-        num_slots, size = self.classes.shape[0], max(1, _BLOCK_NUMBERS // self.feat_dim)
+        """The number of slots in a block on a CPU. None if one block holds them all, or if S is symbolic."""
+        num_slots, size = self.classes.shape[0], max(1, _BLOCK_ENTRIES // self.feat_dim)
         return size if isinstance(num_slots, int) and num_slots > size else None
 
     def blocks(self, size: int) -> tuple[int, Callable[[ArrayLike], tuple[jax.Array, jax.Array]]]:
@@ -97,10 +100,11 @@ def directions_of(
     clip: _options.Clip = _options.CLIP,
     summed: bool = False,
 ) -> Directions:
-    """The directions under `rule`; with `summed`, `"gradient"` is that of the sum of the losses.
+    """The directions under `rule`.
 
-    A sample whose distance or weight is NaN or infinite makes the count of its class NaN, and so the center,
-    also where the clamp of the loss would hide an infinite distance.
+    The rule `"gradient"` takes the gradient of the mean of the losses, or with `summed` of their sum. A
+    distance or weight that is NaN or infinite makes the count of its class NaN, and with it the center, even
+    if the clamp of the loss would cap an infinite distance.
     """
     _, used, difference, distance, weights, ready = samples
     dtype = difference.dtype
@@ -114,7 +118,7 @@ def directions_of(
     sum_by_class = _sum_on_gpu if platform == "gpu" else _sum_by_scattering
     classes, counts, sum_slots = sum_by_class(samples, num_classes, platform, counted, within_clip)
     denominator = jnp.ones((), dtype) if summed else _reduce.mean_denominator(used, weights, None, dtype)
-    # As a part of the indices, `ready` makes the write wait.
+    # `ready` enters the indices, so that the write of the centers waits for `after`.
     moves = (counts != 0) & ready
     classes = jnp.where(moves, classes, _groups.NO_CLASS)
     return Directions(classes, _scale(rule, counts, denominator), difference.shape[1], sum_slots)
@@ -123,8 +127,8 @@ def directions_of(
 def _scale(rule: str, counts: jax.Array, denominator: jax.Array) -> jax.Array:
     """The factor of `sum(x - c_j)` over the samples of class j.
 
-    `counts` holds n_j, the number of the samples of class j, and `denominator` is N, the number of all
-    samples, or 1 for the gradient of a sum.
+    `counts` holds n_j, the number of used samples of class j, and `denominator` is N, the number of all used
+    samples, or 1 for the gradient of a sum. With weights, both are sums of weights.
     """
     if rule == "paper":  # Eq. 4: c_j - alpha * sum(c_j - x) / (1 + n_j).
         return 1 / (1 + counts)
@@ -139,14 +143,14 @@ _Sums = tuple[jax.Array, jax.Array, Callable[[ArrayLike, int], jax.Array]]
 def _sum_by_scattering(
     samples: Samples, num_classes: int, platform: str, counted: jax.Array, within_clip: jax.Array | None
 ) -> _Sums:
-    """The class of each slot, the sum of `counted` in it, and `Directions.sum_slots`."""
+    """Scatter-adds: the class of each slot, the sum of `counted` in it, and `Directions.sum_slots`."""
     slots = _groups.assign_slots_on(samples.labels, samples.used, num_classes, platform)
-    of_samples = slots.of_samples
+    slot_of_sample = slots.slot_of_sample
     if within_clip is not None:
-        of_samples = jnp.where(within_clip, of_samples, _groups.NO_CLASS)
+        slot_of_sample = jnp.where(within_clip, slot_of_sample, _groups.NO_CLASS)
 
     def sum_slots(first: ArrayLike, number: int) -> jax.Array:
-        return jax.ops.segment_sum(samples.weighted_difference, of_samples - first, number)
+        return jax.ops.segment_sum(samples.weighted_difference, slot_of_sample - first, number)
 
     return slots.classes, slots.sum(counted), sum_slots
 
@@ -154,14 +158,14 @@ def _sum_by_scattering(
 def _sum_on_gpu(
     samples: Samples, num_classes: int, platform: str, counted: jax.Array, within_clip: jax.Array | None
 ) -> _Sums:
-    """The same, without atomic adds."""
+    """Sums without atomic adds: the class of each slot, its sum of `counted`, and `Directions.sum_slots`."""
     del platform
-    groups = _groups.group_on_gpu(samples.labels, samples.used, num_classes)
-    # The barrier keeps the differences in memory. Without it XLA computes them again after the write to the
-    # table, from a copy of the old table.
+    classes, sum_by_class = _groups.group_on_gpu(samples.labels, samples.used, num_classes)
+    # The barrier keeps the differences in memory. Without it XLA would compute them again after the write to
+    # the table, for which it would copy the old table.
     difference = lax.optimization_barrier(samples.weighted_difference)
     if within_clip is not None:
         difference = jnp.where(within_clip[:, None], difference, jnp.zeros((), difference.dtype))
-    both = groups.sum(jnp.concatenate([difference, counted[:, None]], axis=1))  # In one pass.
+    both = sum_by_class(jnp.concatenate([difference, counted[:, None]], axis=1))  # In one pass.
     sums, counts = both[:, :-1], both[:, -1]
-    return groups.classes, counts, partial(lax.dynamic_slice_in_dim, sums)
+    return classes, counts, partial(lax.dynamic_slice_in_dim, sums)

@@ -13,25 +13,26 @@ from jax.typing import ArrayLike
 
 from jax_centerloss import _batch, _checks, _groups, _placement, _table
 
-_NAMED = 8  # Classes, at most, that the warning lists.
+_NAMED = 8  # The warning lists at most this many classes.
 
 
 def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike]]) -> Any:
     """Centers as the class means of features, in one pass over a stream of batches.
 
     It is for a network that has been trained before: its centers then start where its features are. The means
-    are running means with compensated summation, so that a long stream costs no digits, and a batch touches
-    the rows of its own classes only. Call it outside of `jit`; it compiles once for each shape of a batch. It
-    takes the next batch after it has added the last one, so that a data loader may reuse its buffer.
+    are running means with compensated summation, so that rounding errors do not add up over a long stream,
+    and a batch touches the rows of its own classes only. Call it outside of `jit`; it compiles once for each
+    shape of a batch. It waits for a batch before it takes the next one, so that a data loader may reuse its
+    buffer.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
-      batches: pairs `(x, labels)` of features `(..., D)`, floating point, and integer classes `(...)`;
-        negative ones are ignored.
+      batches: pairs `(x, labels)` of features `(..., D)`, floating point, and integer classes `(...)`. A
+        negative label leaves its sample out.
 
     Returns:
       Centers in the tree structure and dtype of `params`: the mean of each class of the stream, and the old
-      center of every other class. A `UserWarning` names the latter.
+      center of every other class. A `UserWarning` counts the other classes, and names the first 8.
 
     Raises:
       ValueError: on a shape that does not fit, or a label `>= C`.
@@ -45,18 +46,18 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
       [[2.0, 0.0], [5.0, 5.0]]
     """
     centers = _checks.as_table(params)
-    state = _init_state(centers)
+    state = _initial_state(centers)
     for pair in batches:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             found = f"{type(pair).__name__}{f' of {len(pair)}' if isinstance(pair, tuple | list) else ''}"
             raise TypeError(
                 f"batches must hold pairs (x, labels), got {found}. A single batch is `[(x, labels)]`; "
-                "samples are masked by negative labels."
+                "negative labels leave samples out."
             )
         batch = _batch.as_batch(pair[0], pair[1], None, None, centers)
         if any(isinstance(a, jax.core.Tracer) for a in (centers, batch.x, batch.labels)):
             raise TypeError("init_from_features loops over a stream of batches: call it outside of jit.")
-        # Waited for: on a CPU an array that the loader made by `jnp.asarray` may share the loader's buffer.
+        # Wait: on a CPU an array that the loader made with `jnp.asarray` may share the loader's buffer.
         state = jax.block_until_ready(_add_batch(state, batch))
     means, counts = state.means, state.counts
     num_unseen, first = _find_unseen(counts)
@@ -84,8 +85,8 @@ def _state_sharding(*arrays: Any) -> _State | None:
 
 
 @_placement.jit_on_auto_axes(_state_sharding)
-def _init_state(centers: jax.Array) -> _State:
-    # A copy, which can be donated. Half precision has too few digits for a running mean.
+def _initial_state(centers: jax.Array) -> _State:
+    # The copy can be donated. In half precision a running mean would have too few digits.
     means = jnp.array(centers, _table.compute_dtype(centers))
     return _State(means, jnp.zeros_like(means), jnp.zeros(centers.shape[0], jnp.int32))
 
@@ -100,31 +101,32 @@ def _find_unseen(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @_placement.jit_on_auto_axes(_state_sharding, donate_argnums=0)
 def _add_batch(state: _State, batch: _batch.Batch) -> _State:
+    """The running means with the samples of a batch added."""
     means, remainder, counts = state
     x, labels, used, _ = batch
     mesh = _placement.mesh_of(means, x, labels)
     labels, used, x = _batch.flatten_and_replicate(None, mesh, labels, used, x)
     x = x.astype(_table.compute_dtype(x, means))
     slots = _groups.assign_slots(labels, used, means.shape[0])
-    new = slots.num_samples()
-    classes = jnp.where(new > 0, slots.classes, _groups.NO_CLASS)
-    before = _table.gather_class_rows(counts, classes)
-    # A new class starts at one of its samples. Differences from its old center, which may be far away, would
-    # cost digits.
+    new_counts = slots.num_samples()
+    classes = jnp.where(new_counts > 0, slots.classes, _groups.NO_CLASS)
+    old_counts = _table.gather_class_rows(counts, classes)
+    # The mean of a new class starts at one of its samples. Its old center may be far away, and differences
+    # from it would lose digits.
     position = jnp.arange(labels.size, dtype=jnp.int32)
-    sample = jnp.zeros(classes.shape, jnp.int32).at[slots.of_samples].max(position, mode="drop")
+    sample_of_slot = jnp.zeros(classes.shape, jnp.int32).at[slots.slot_of_sample].max(position, mode="drop")
     old_means = _table.gather_class_rows(means, classes).astype(x.dtype)
-    start = jnp.where((before > 0)[:, None], old_means, x[sample])
-    sums = slots.sum(x - start.at[slots.of_samples].get(mode="clip"))
-    # Compensated summation: `lost` is the part of the mean so far that did not fit into `start`.
+    start = jnp.where((old_counts > 0)[:, None], old_means, x[sample_of_slot])
+    sums = slots.sum(x - start.at[slots.slot_of_sample].get(mode="clip"))
+    # Compensated summation: `lost` is the rounding error of the mean that is stored in `start`.
     lost = _table.gather_class_rows(remainder, classes).astype(x.dtype)
-    share = 1 / jnp.maximum(before + new, 1).astype(x.dtype)
-    step = lost + share[:, None] * (sums - new.astype(x.dtype)[:, None] * lost)
+    share = 1 / jnp.maximum(old_counts + new_counts, 1).astype(x.dtype)
+    step = lost + share[:, None] * (sums - new_counts.astype(x.dtype)[:, None] * lost)
     mean = (start + step).astype(means.dtype)
     added = mean.astype(x.dtype) - start
-    lost = (step - added) + (start - (mean.astype(x.dtype) - added))
+    new_lost = (step - added) + (start - (mean.astype(x.dtype) - added))
     return _State(
         _table.set_rows(means, classes, mean),
-        _table.set_rows(remainder, classes, lost),
-        _table.add_to_rows(counts, classes, new),
+        _table.set_rows(remainder, classes, new_lost),
+        _table.add_to_rows(counts, classes, new_counts),
     )

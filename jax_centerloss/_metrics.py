@@ -11,7 +11,7 @@ from jax_centerloss import _batch, _checks, _distances, _groups, _placement, _re
 from jax_centerloss._batch import Batch
 from jax_centerloss._options import AxisName
 
-_OTHER_CLASSES = 1024  # Classes, at most, among which the nearest other center is searched.
+_SEARCHED_CLASSES = 1024  # The nearest other center is searched among at most this many classes.
 
 
 def center_metrics(
@@ -27,24 +27,25 @@ def center_metrics(
     """How compact the classes of a batch are, how far apart, and whether their centers move.
 
     All distances are Euclidean, not squared, so that they can be compared with each other. Training works if
-    `own_distance` falls below `gap`. If centers barely move, `moved` is far below `own_distance`; the usual
-    cause is a step that is scaled by the weight of the loss, see `with_center_optimizer`.
+    `own_distance` falls below `gap`, the distance to the nearest other center minus `own_distance`. If
+    centers barely move, `moved` is far below `own_distance`; the usual cause is a step that is scaled by the
+    weight of the loss, see `with_center_optimizer`.
 
-    The cost is O(N·D), and for `gap` O(N·min(C, 1024)·D). `gap` is exact up to 1,024 classes. Beyond, only
-    1,024 evenly spaced ones are searched, and it is an upper bound. The derivative of a distance of 0 is 0.
+    The cost is O(N·D), and for `gap` O(N·min(C, 1024)·D). With more than 1,024 classes only 1,024 evenly
+    spaced ones are searched, and `gap` is an upper bound. The derivative of a distance of 0 is 0.
 
     In a jitted step that moves the centers, compute the metrics from the centers before the move, and pass
-    them to the move in `after`. `previous` is a copy that you keep outside of the step, which donates its
-    centers.
+    them to the move in `after`. Keep `previous` outside of the step, since the step donates its centers.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
       x: features `(..., D)`, floating point.
-      labels: integer classes `(...)`. Negative ones are ignored. A label `>= C` raises; under `jit`, where
-        its value is not known, it makes `own_distance` and `gap` NaN.
+      labels: integer classes `(...)`. A negative label leaves its sample out. A label `>= C` raises, unless
+        `where` or a weight of 0 leaves its sample out; under `jit`, where labels are not known, it makes
+        `own_distance` and `gap` NaN.
       where: boolean `(...)`, the samples to use; all by default.
-      weights: real numbers `(...)`, not negative: a sample of weight k counts as k samples, of weight 0 as
-        none. A negative weight raises; under `jit` it makes `own_distance` and `gap` NaN.
+      weights: real numbers `(...)`, not negative: a sample of weight k counts as k samples, and a weight of 0
+        leaves its sample out. A negative weight raises; under `jit` it makes `own_distance` and `gap` NaN.
       previous: earlier centers, in the form of `params`: a copy from some steps ago, such as an epoch. The
         array in `params` itself is refused, and so is the state of the same NNX module, which changes with
         the module.
@@ -52,12 +53,11 @@ def center_metrics(
         split: means and counts are then over the whole batch.
 
     Returns:
-      A dict of scalars, in float32 (float64 if an operand is) except for the count, and 0 if no sample is
-      used:
+      A dict of scalars: 0 if no sample is used, and in float32 (float64 if an operand is) unless stated.
 
       `"own_distance"`: the distance of a sample to the center of its class, mean over the samples;
-      `"gap"`: how much farther the nearest other center is, mean over the samples. It is negative for a
-      sample that is nearer to another center, and infinite if there is none;
+      `"gap"`: how much farther the nearest center of another class is, mean over the samples. It is negative
+      for a sample that is nearer to that center, and infinite if there is no other class;
       `"classes_seen"`: int32, the number of classes of the used samples;
       `"moved"`: the distance of a center to the same row of `previous`, mean over the classes of the used
       samples. Only with `previous`.
@@ -91,15 +91,15 @@ def _compute_metrics(
     x, labels, used, weights = batch
     if weights is not None:
         used = used & (weights != 0)
-    # Unused features are set to 0 before any square root, whose derivative at NaN can't be masked later.
+    # Unused features are set to 0 before any square root. Its derivative at NaN can't be masked later.
     x = jnp.where(used[..., None], x, jnp.zeros((), x.dtype))
-    rows, in_range = _table.gather_own_rows(centers, labels, x)
+    rows, in_range = _table.gather_label_rows(centers, labels, x)
     own = _distances.safe_sqrt(_reduce.squared_distance(x.astype(rows.dtype), rows, in_range, used))
     own = jnp.where(in_range, own, np.full((), np.nan, rows.dtype))
     gap = _nearest_other(centers, x, labels) - own
     metrics = {
-        "own_distance": _reduce.weighted_mean(own, used, weights, axis_name),
-        "gap": _reduce.weighted_mean(gap, used, weights, axis_name),
+        "own_distance": _reduce.reduce(own, used, weights, jnp.mean, axis_name),
+        "gap": _reduce.reduce(gap, used, weights, jnp.mean, axis_name),
     }
 
     mesh = _placement.mesh_of(centers, x, labels)
@@ -112,15 +112,14 @@ def _compute_metrics(
         now, then = (
             _table.gather_class_rows(table, slots.classes).astype(dtype) for table in (centers, previous)
         )
-        metrics["moved"] = _reduce.weighted_mean(
-            _distances.safe_sqrt(jnp.sum((now - then) ** 2, axis=-1)), seen
-        )
+        moved = _distances.safe_sqrt(jnp.sum((now - then) ** 2, axis=-1))
+        metrics["moved"] = _reduce.reduce(moved, seen, None, jnp.mean, None)
     return metrics
 
 
 def _nearest_other(centers: jax.Array, x: jax.Array, labels: jax.Array) -> jax.Array:
     """The distance of each sample to the nearest of up to 1,024 centers of other classes."""
-    classes, rows = _table.evenly_spaced_rows(centers, _OTHER_CLASSES)
+    classes, rows = _table.evenly_spaced_rows(centers, _SEARCHED_CLASSES)
     distances = _distances.safe_sqrt(_distances.distances_to(rows, x, precision="highest"))
     classes = classes.astype(labels.dtype).reshape((1,) * labels.ndim + (-1,))
     other = (labels[..., None] != classes) & jnp.logical_not(jnp.isnan(distances))

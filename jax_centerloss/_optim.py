@@ -20,10 +20,10 @@ OWNER = {"owner": "jax_centerloss.CenterLoss"}
 class CenterOptimizerState(NamedTuple):
     """Which leaves are centers, and the state of the two optimizers.
 
-    `centers` is the tree of the params with an `EmptyState` in place of each leaf of centers, and a
-    `MaskedNode` in place of any other. `init` stores it, since NNX passes bare arrays to `update`, without
-    the metadata that tell which are centers. It has no arrays, so that it passes through `jit` and
-    checkpoints.
+    `centers` is the tree of the params with the mark `EmptyState` in place of each leaf of centers, and the
+    mark `MaskedNode` in place of any other. `init` stores it, since NNX passes bare arrays to `update`,
+    without the metadata that tells which are centers. These marks have no arrays: `jit` and checkpoints
+    accept them.
     """
 
     centers: Any
@@ -49,12 +49,12 @@ def with_center_optimizer(
     In Flax NNX the centers are the parameters of all `nnx.CenterLoss` modules. Linen params and plain dicts
     have keys only: there the centers are the one leaf below a key `"centers"`. Other layers have parameters
     of that name too (radial basis functions, clustering), so that with several such leaves `select` has to
-    say which are meant.
+    say which are centers.
 
-    The gradient of `cross_entropy + lam * center_loss` by the centers is proportional to `lam`.
-    `weight=lam` divides by it, so that the learning rate of the centers does not depend on `lam`. Without it,
-    SGD moves the centers `lam` times as far. Clip gradients inside of `tx`: around this transformation, the
-    norm would include the gradient of the centers.
+    The gradient of `cross_entropy + lam * center_loss` with respect to the centers is proportional to `lam`.
+    `weight=lam` divides by `lam`, so that the learning rate of the centers does not depend on it. Without
+    `weight`, SGD moves the centers `lam` times as far. Chain the clipping of gradients into `tx`: around this
+    transformation, the norm would include the gradient of the centers.
 
     Args:
       tx: the model's optimizer.
@@ -73,7 +73,7 @@ def with_center_optimizer(
       TypeError: if `tx` or `centers` is not an optax transformation, `weight` is neither a number nor a
         function, or `select` is no function.
       ValueError: if `weight` is negative or NaN (of a schedule, on `update` outside of `jit`); on `init`, if
-        no leaf holds centers, or several may.
+        no leaf holds centers, or it is unclear which of several leaves do.
 
     Example:
       >>> import jax.numpy as jnp, optax, jax_centerloss
@@ -82,8 +82,8 @@ def with_center_optimizer(
       >>> params = {"dense": jnp.ones((4, 2)), "loss": {"centers": jnp.zeros((10, 2))}}
       >>> opt_state = tx.init(params)
     """
-    own = optax.sgd(0.5) if centers is None else centers
-    for name, given in {"tx": tx, "centers": own}.items():
+    center_tx = optax.sgd(0.5) if centers is None else centers
+    for name, given in {"tx": tx, "centers": center_tx}.items():
         check_transformation(name, given)
     if select is not None and not callable(select):
         raise TypeError(
@@ -93,11 +93,11 @@ def with_center_optimizer(
     if weight is not None:
         if not callable(weight):
             _as_weight(weight)
-        own = _divide_out(weight, own)
-    chains = {"centers": own, "model": tx}
+        center_tx = _divide_out(weight, center_tx)
+    chains = {"centers": center_tx, "model": tx}
 
     def split_by(labels: Any) -> optax.GradientTransformationExtraArgs:
-        # `labels` is an instance of the model's class. If that has `__call__`, optax would call it.
+        # The lambda is needed, since `labels` may be a callable module, and optax would call that.
         return optax.partition(chains, lambda _: labels)
 
     def init(params: Any) -> CenterOptimizerState:
@@ -105,7 +105,7 @@ def with_center_optimizer(
         if jax.tree.leaves(bare) or _is_container(bare):
             marks = _marks(params, select)
             labels = _labels(marks)
-        else:  # `optax.tree.map_params` passes a placeholder to `init`.
+        else:  # `optax.tree.map_params` passes a placeholder as params.
             marks = labels = bare
         return CenterOptimizerState(marks, split_by(labels).init(bare))
 
@@ -143,7 +143,7 @@ def _divide_out(
         is_zero = lam == 0
 
         def divide(gradient: jax.Array) -> jax.Array:
-            # In float32, since the inverse of 1e-5 overflows float16.
+            # In float32, since float16 holds a small `lam` with few digits, or as 0.
             wide = gradient.astype(_table.compute_dtype(gradient))
             quotient = wide / jnp.where(is_zero, jnp.ones((), wide.dtype), lam.astype(wide.dtype))
             return quotient.astype(gradient.dtype)
@@ -157,7 +157,7 @@ def _divide_out(
 
 
 def _marks(params: Any, select: Callable[[Path, Any], bool] | None) -> Any:
-    """`CenterOptimizerState.centers` of these params."""
+    """The tree of marks in `CenterOptimizerState.centers`."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_variable)
     paths = [_as_path(key_path) for key_path, _ in leaves]
     if select is None:
@@ -179,21 +179,22 @@ def _find_centers(paths: list[Path], leaves: list[Any]) -> list[bool]:
     if len(found) > 1 and any(keyed):
         raise ValueError(
             f'several parameters are below a key "centers": {_list_paths(found)}. Other layers have '
-            "parameters of that name too. Say which are a center loss's by `select`, such as "
+            "parameters of that name too. Say by `select` which hold centers, for example "
             '`select=lambda path, leaf: path == ("center_loss", "centers")`.'
         )
     if not found:
         others = [path for path in paths if "centers" in path]
         reason = (
             f"no parameter is known to belong to an nnx.CenterLoss; {_list_paths(others)} may be another "
-            "layer's (if it does hold a loss's centers, or its Variable was replaced, say so by `select`)"
+            "layer's (if they are the centers, for example in a Variable of your own, name them by `select`)"
             if others
             else 'no parameter is below a key "centers"'
         )
         raise ValueError(
             f"{reason}: this model has {_list_paths(paths)}. Put the center loss module (or the dict from "
             "init_centers) into the tree that is optimized, or name the centers with select. Centers "
-            'that are state (centers_as="state") have no optimizer: they are moved by rule or by rows.'
+            'that are state (centers_as="state") are not optimized: update_centers or a row_optimizer moves '
+            "them."
         )
     return chosen
 
@@ -210,7 +211,7 @@ def _labels(marks: Any) -> Any:
 
 
 def _bare(tree: Any) -> Any:
-    """The tree without Flax's Variables: inside of these, optax would not find its `MaskedNode`s."""
+    """The tree without Flax's Variables, inside of which optax would not find its `MaskedNode`s."""
     return jax.tree.map(_content, tree, is_leaf=_is_variable)
 
 
@@ -219,7 +220,7 @@ def _is_variable(node: Any) -> bool:
 
 
 def _content(node: Any) -> Any:
-    """What a Variable holds, an array or a `MaskedNode`; any other node is returned as it is."""
+    """The value in a Variable, an array or a `MaskedNode`. Any other node is returned as it is."""
     return jax.tree.leaves(node, is_leaf=lambda inner: inner is not node)[0] if _is_variable(node) else node
 
 

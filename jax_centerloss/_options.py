@@ -18,10 +18,11 @@ AxisName = Hashable | None
 Clip = tuple[float, float] | None
 ReduceFn = Callable[..., Any] | None
 
-CLIP = (1e-12, 1e12)  # The clamp of the PyTorch module.
-RULES = ("paper", "gradient", "mean")
-CENTERS_AS = ("param", "state")
-FLOAT_ADVICE = "Centers are drawn as floats: take jnp.float32 or jnp.bfloat16, say."
+# The bounds of a squared distance in the PyTorch module github.com/KaiyangZhou/pytorch-center-loss.
+CLIP = (1e-12, 1e12)
+RULES = ("paper", "gradient", "mean")  # The rules of `update_centers`.
+CENTERS_AS = ("param", "state")  # What the centers of a Flax module are.
+FLOAT_ADVICE = "Centers are floating point: use jnp.float32 or jnp.bfloat16, for example."
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -30,7 +31,7 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def as_dtype(name: str, value: Any, allowed: tuple[str, ...], advice: str) -> Any:
-    """`value` as a dtype whose name is one of `allowed`, or None."""
+    """Converts `value` to a dtype, and raises if its name is not in `allowed`. None stays None."""
     if value is None:
         return None
     try:
@@ -58,7 +59,7 @@ def check_reduce_fn(reduce_fn: ReduceFn) -> None:
     if reduce_fn is not None and reduce_fn is not jnp.mean and reduce_fn is not jnp.sum:
         raise ValueError(
             f"reduce_fn must be jnp.mean, jnp.sum or None (per-sample losses), got {reduce_fn!r}. "
-            "For another reduction take reduce_fn=None and reduce what comes back."
+            "For another reduction pass reduce_fn=None and reduce the per-sample losses."
         )
 
 
@@ -81,7 +82,7 @@ def check_declared_shape(centers: jax.Array, num_classes: int, feat_dim: int) ->
     if centers.shape != (num_classes, feat_dim):
         raise ValueError(
             f"this is CenterLoss({num_classes}, {feat_dim}), but its centers have shape {centers.shape}. "
-            "Make the module of the size of the centers that it is given."
+            "Create the module with the num_classes and feat_dim of its centers."
         )
 
 
@@ -94,8 +95,8 @@ def check_module(
     centers_as: str,
     param_dtype: DTypeLike,
     centers_init: Any,
-) -> tuple[int, int]:
-    """Checks the options that both Flax modules have, and returns the shape of the centers."""
+) -> None:
+    """Checks options of both Flax modules. `init_centers` checks `out_sharding`, and JAX `axis_name`."""
     as_clip(clip)
     check_reduce_fn(reduce_fn)
     check_choice("centers_as", centers_as, CENTERS_AS)
@@ -103,21 +104,21 @@ def check_module(
     if not callable(centers_init):
         raise TypeError(
             "centers_init must be a function of a key, a shape and a dtype, got "
-            f"{_checks.describe(centers_init)}. Centers that are at hand are given by "
+            f"{_checks.describe(centers_init)}. To start from existing centers, pass "
             "`lambda key, shape, dtype: centers`."
         )
-    return as_shape(num_classes, feat_dim)
+    as_shape(num_classes, feat_dim)
 
 
 def as_sharding(out_sharding: OutSharding, shape: tuple[int, int]) -> NamedSharding | Format:
-    """`out_sharding`, checked against the shape. A `PartitionSpec` gets the mesh of the context."""
+    """`out_sharding`, checked against the shape. A `PartitionSpec` gets the mesh of `jax.set_mesh`."""
     if not isinstance(out_sharding, OutSharding):
         raise TypeError(
             "out_sharding must be a jax.sharding.PartitionSpec or NamedSharding, or a "
             f"jax.experimental.layout.Format, got {out_sharding!r}. "
             'PartitionSpec("classes", None) splits centers by class over the axis "classes" of a mesh.'
         )
-    if isinstance(out_sharding, Format):
+    if isinstance(out_sharding, Format):  # JAX checks any other sharding of a `Format`.
         if isinstance(out_sharding.sharding, NamedSharding):
             _check_shards(out_sharding.sharding, shape)
         return out_sharding
@@ -147,8 +148,8 @@ def _check_shards(sharding: NamedSharding, shape: tuple[int, int]) -> None:
     for name, size, entry in zip(("num_classes", "feat_dim"), shape, spec, strict=False):
         shards = math.prod(sharding.mesh.shape[axis] for axis in _placement.mesh_axes(entry))
         if size % shards:
-            unused = ": a class that no label names stays as it is" if name == "num_classes" else ""
+            unused = "; the centers of additional classes are never used" if name == "num_classes" else ""
             raise ValueError(
-                f"{name}={size} does not divide into {shards} shards, by out_sharding={spec}. "
+                f"{name}={size} is not divisible by the {shards} shards of out_sharding={spec}. "
                 f"Round it up to {-(-size // shards) * shards}{unused}."
             )

@@ -1,10 +1,13 @@
-"""Shardings: the one place that tells Explicit mesh axes from Auto ones."""
+"""Shardings and platforms: the one place that tells Explicit mesh axes from Auto ones.
+
+A mesh is known if the type of an array, `jax.typeof(array)`, names it.
+"""
 
 import math
 import operator
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +18,22 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 OutSharding = NamedSharding | P | Format  # What `out_sharding` accepts.
+T = TypeVar("T")
+
+
+def call_for_platform(function: Callable[..., T], *arrays: Any) -> T:
+    """`function(*arrays, platform=...)` with the platform that the program is compiled for."""
+    result: T = lax.platform_dependent(
+        *arrays,
+        cpu=partial(function, platform="cpu"),
+        tpu=partial(function, platform="tpu"),
+        default=partial(function, platform="gpu"),
+    )
+    return result
 
 
 def mesh_of(*arrays: ArrayLike) -> AbstractMesh | None:
-    """The mesh of the first array that is known to be on one."""
+    """The mesh in the type of the first array with one, or None if no mesh is known."""
     for array in arrays:
         mesh: AbstractMesh | None = getattr(jax.typeof(array).sharding, "mesh", None)
         if mesh is not None and not mesh.empty:
@@ -34,7 +49,7 @@ def mesh_axes(entry: Any) -> tuple[Any, ...]:
 
 
 def sharding_of(array: jax.Array, *others: jax.Array) -> NamedSharding | None:
-    """The sharding of `array`. If it has none, it counts as replicated on the mesh of `others`."""
+    """The sharding in the type of `array`. If that names no mesh: replicated, on the mesh of `others`."""
     if mesh_of(array) is not None:
         sharding: NamedSharding = jax.typeof(array).sharding
         return sharding
@@ -68,7 +83,7 @@ def reshard(array: jax.Array, sharding: NamedSharding) -> jax.Array:
 
 
 def reshard_like_samples(array: jax.Array, x: jax.Array) -> jax.Array:
-    """Reshards `array`, which has one entry per sample, as the samples of `x` are."""
+    """Reshards an array with one entry per sample like the leading axes of `x`, if it is on a mesh."""
     sharding = per_sample_sharding(x, array)
     return array if sharding is None or mesh_of(array) is None else reshard(array, sharding)
 
@@ -76,8 +91,8 @@ def reshard_like_samples(array: jax.Array, x: jax.Array) -> jax.Array:
 def place_like_table(leaf: jax.Array, centers: jax.Array) -> jax.Array:
     """Gives a leaf of an optimizer's initial state the placement that it has after the first step.
 
-    A scalar is replicated on the devices of the centers, and a table gets the memory layout of the centers.
-    With another placement the second step would be compiled again. Tracers stay as they are.
+    A scalar is replicated on the devices of the centers. A table keeps its sharding, and gets the memory
+    layout of the centers. Else the second step would be compiled again. Tracers stay as they are.
     """
     placed = leaf
     if any(isinstance(a, jax.core.Tracer) or not isinstance(a, jax.Array) for a in (leaf, centers)):
@@ -93,16 +108,16 @@ def place_like_table(leaf: jax.Array, centers: jax.Array) -> jax.Array:
 
 
 def jit_on_auto_axes(
-    out_sharding: Callable[..., Any], **jit_options: Any
+    out_shardings_fn: Callable[..., Any], **jit_options: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator: `jax.jit`, with Explicit mesh axes turned into Auto axes inside of the function.
 
-    `out_sharding(*arrays)` returns the shardings of the results. It is called only if the mesh has Explicit
-    axes; on Auto axes XLA infers the shardings.
+    `out_shardings_fn(*arrays)` returns the shardings of the results. It is called only if the mesh has
+    Explicit axes; on Auto axes XLA infers the shardings.
     """
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        # Inlined into the caller's program, where XLA computes once what the loss and the update share.
+        # `inline=True` puts loss and update into one program, where XLA computes once what they share.
         @partial(jax.jit, inline=True, **jit_options)
         @wraps(function)
         def program(*arrays: Any, **static: Any) -> Any:
@@ -110,7 +125,7 @@ def jit_on_auto_axes(
             mesh = mesh_of(*jax.tree.leaves(arrays))
             explicit = () if mesh is None else _explicit_axes(mesh)
             if explicit:
-                call = jax.sharding.auto_axes(call, axes=explicit, out_sharding=out_sharding(*arrays))
+                call = jax.sharding.auto_axes(call, axes=explicit, out_sharding=out_shardings_fn(*arrays))
             return call(*arrays)
 
         return program
@@ -124,20 +139,21 @@ def _explicit_axes(mesh: AbstractMesh | Mesh) -> tuple[Any, ...]:
 
 
 def draw_sharded(draw: Callable[[jax.Array], Any], key: jax.Array, out: NamedSharding | Format) -> Any:
-    """`draw(key)`, each device drawing its own shard."""
+    """Runs the initializer `draw(key)` with results placed as `out`: each device computes its own shard."""
     sharding = out.sharding if isinstance(out, Format) else out
     explicit = _explicit_axes(sharding.mesh) if isinstance(sharding, NamedSharding) else ()
     if explicit:
-        # Under Explicit axes the initializer's intermediates would be replicated tables.
+        # Under Explicit axes each device would hold the intermediate results as full tables.
         draw = jax.sharding.auto_axes(draw, axes=explicit, out_sharding=sharding)
     return jax.jit(draw, out_shardings=out)(key)
 
 
 def replicate(array: jax.Array, mesh: AbstractMesh | None) -> jax.Array:
-    """Replicates `array` on the devices of `mesh`. Inside of `shard_map` it is returned as it is.
+    """Replicates `array` on the devices of `mesh`, or on all devices if the mesh is unknown (None).
 
-    Values have to be replicated before they are scattered into a table. If they are sharded, XLA makes each
-    device scatter its shard into a full table of zeros, and all-reduces these tables.
+    Inside of `shard_map` it is returned as it is. Values have to be replicated before they are scattered into
+    a table. If the values are sharded, XLA makes each device scatter its shard into a full table of zeros,
+    and all-reduces these tables.
     """
     if mesh is None:
         return array if jax.device_count() == 1 else _replicate_on_unknown_mesh(array)
@@ -145,18 +161,18 @@ def replicate(array: jax.Array, mesh: AbstractMesh | None) -> jax.Array:
         return array
     sharding = NamedSharding(mesh, P(*(None,) * array.ndim))
     array = reshard(array, sharding)
-    # Outside of `jit` operations run one by one, and the array is replicated where that is needed.
+    # Eager operations reshard their own operands, so that only a tracer needs the constraint.
     if AxisType.Auto in mesh.axis_types and isinstance(array, jax.core.Tracer):
         array = lax.with_sharding_constraint(array, sharding)
     return array
 
 
 def _replicate_on_unknown_mesh(array: jax.Array) -> jax.Array:
-    """Replicates `array` where tracing shows no mesh, but there are several devices.
+    """Replicates `array` if no mesh is known although there are several devices.
 
-    Such a program may come from `jax.jit(..., in_shardings=...)`. XLA replicates the result of a gather whose
-    indices are replicated. So this gathers at 0, 1, 2, ...; the barrier hides these numbers from XLA, which
-    would remove the gather.
+    That happens in `jax.jit(..., in_shardings=...)`, for example. XLA replicates the result of a gather at
+    replicated indices, so `array` is gathered at the indices 0, 1, 2, ... The barrier hides these numbers
+    from XLA, since it would remove such a gather.
     """
     hidden_zero = lax.optimization_barrier(jnp.zeros((), jnp.int32))
     identity = jnp.arange(array.shape[0], dtype=jnp.int32) + hidden_zero
@@ -164,10 +180,10 @@ def _replicate_on_unknown_mesh(array: jax.Array) -> jax.Array:
 
 
 def num_stripes(centers: jax.Array) -> int:
-    """Into how many equal runs of classes to cut the table, so that each run is in one shard.
+    """The number of "stripes": equal, contiguous blocks of classes, each of which lies in one shard.
 
-    The number of shards divides the size of the mesh. If tracing shows no mesh, the number of devices stands
-    for it; with another mesh than one of all devices, a run may then lie in two shards, which costs speed.
+    It is a multiple of the number of shards, since that divides C and the size of the mesh. If the mesh is
+    unknown, the number of devices is used: on a smaller mesh a stripe may span two shards, which costs speed.
     """
     mesh = mesh_of(centers)
     return math.gcd(centers.shape[0], jax.device_count() if mesh is None else mesh.size)

@@ -10,9 +10,9 @@ from jax_centerloss import _batch, _checks
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MOST_DOTS = 20_000  # With more, dots hide each other and take long to draw.
-_BINS = 200  # Along each axis of the density image.
-_LEGEND_CLASSES = 20  # The most that the legend lists: as many colors as can be told apart.
+_MOST_DOTS = 20_000  # More dots hide each other and take long to draw.
+_BINS = 200  # The density image has so many pixels along each axis.
+_LEGEND_CLASSES = 20  # The legend lists at most this many classes: their colors can be told apart.
 
 
 def plot(
@@ -38,19 +38,22 @@ def plot(
     Args:
       params: a pytree with one leaf, the `(C, 2)` centers.
       x: features `(..., 2)`, floating point. NaN and infinite ones are not drawn.
-      labels: integer classes `(...)`. Samples with a negative label are not drawn.
+      labels: integer classes `(...)`. A negative label leaves its sample out. A label `>= C` raises, unless
+        `where` leaves its sample out.
       where: boolean `(...)`, the samples to draw; all by default.
-      previous: earlier centers, in the form of `params`: an arrow is drawn from each to its center now.
-      density: whether to draw an image of the density instead of a dot per sample: the denser, the less
-        transparent, in the mean color of the samples. By default for more than 20,000 samples.
+      previous: earlier centers, in the form of `params`: for each class that is drawn, an arrow goes from its
+        earlier center to its center now.
+      density: whether to draw an image of the density instead of a dot per sample, by default for more than
+        20,000 samples. The opacity shows the number of samples, and the color is the mean of theirs.
       ax: the Matplotlib axes to draw on, those of a new figure by default.
 
     Returns:
       The axes. `ax.figure.savefig("features.png")` saves the picture.
 
     Raises:
-      ImportError: without Matplotlib, which the extra `jax-centerloss[plot]` brings.
-      ValueError: on features that are not two-dimensional or a shape that does not fit.
+      ImportError: without Matplotlib; `pip install "jax-centerloss[plot]"` installs it.
+      ValueError: on features that are not two-dimensional, a shape that does not fit, a label `>= C`, or a
+        `previous` that is no earlier table.
       TypeError: on a dtype that does not fit, as in `center_loss`.
 
     Example:
@@ -71,7 +74,7 @@ def plot(
             f"plot draws features of two dimensions, got {centers.shape[1]}. Project features and centers "
             "first, for example with sklearn.decomposition.PCA(2)."
         )
-    then = (
+    earlier = (
         None
         if previous is None
         else np.asarray(_checks.as_previous_table(params, previous, centers), np.float64)
@@ -94,19 +97,18 @@ def plot(
         ax.scatter(
             points[:, 0], points[:, 1], s=size, c=colors[np.searchsorted(colored, classes)], linewidths=0
         )
-    now, own = table[seen], colors[np.searchsorted(colored, seen)]
-    if then is not None:
-        start = then[seen]
+    now, class_colors = table[seen], colors[np.searchsorted(colored, seen)]
+    if earlier is not None:
+        start = earlier[seen]
         ax.quiver(*start.T, *(now - start).T, angles="xy", scale_units="xy", scale=1, width=0.005, zorder=3)
         ax.update_datalim(start)
-    ax.scatter(now[:, 0], now[:, 1], s=80, c=own, marker="X", edgecolors="black", zorder=4)
+    ax.scatter(now[:, 0], now[:, 1], s=80, c=class_colors, marker="X", edgecolors="black", zorder=4)
     ax.set(xlabel="feature 1", ylabel="feature 2")
     ax.set_aspect("equal", adjustable="datalim")
     ax.autoscale_view()
     if 0 < len(seen) <= _LEGEND_CLASSES:
-        handles = [
-            ax.scatter([], [], s=30, color=color, label=str(j)) for j, color in zip(seen, own, strict=True)
-        ]
+        pairs = zip(seen, class_colors, strict=True)
+        handles = [ax.scatter([], [], s=30, color=color, label=str(j)) for j, color in pairs]
         ax.legend(handles=handles, title="class", fontsize="small")
     return ax
 
@@ -134,15 +136,16 @@ def _draw_density(ax: "Axes", points: np.ndarray, colors: np.ndarray) -> None:
     if not len(points):
         return
     low, high = points.min(0), points.max(0)
-    middle, reach = (low + high) / 2, max(0.52 * float((high - low).max()), 1e-6)
-    left, bottom = (middle - reach).tolist()
-    right, top = (middle + reach).tolist()
+    # Half of the width, and 4 percent for a margin.
+    middle, half = (low + high) / 2, max(0.52 * float((high - low).max()), 1e-6)
+    left, bottom = (middle - half).tolist()
+    right, top = (middle + half).tolist()
     # The bins are square, since both axes have the same scale.
-    column, row = np.clip((points - (left, bottom)) / (2 * reach) * _BINS, 0, _BINS - 1).astype(int).T
+    column, row = np.clip((points - (left, bottom)) / (2 * half) * _BINS, 0, _BINS - 1).astype(int).T
     image = np.zeros((_BINS, _BINS, 4))
     np.add.at(image, (row, column), np.append(colors[:, :3], np.ones((len(points), 1)), axis=1))
     count = image[..., 3]
     image[..., :3] /= np.maximum(count, 1)[..., None]
-    # On a logarithmic scale, since on a linear one the sparse tips of the petals would vanish.
+    # The opacity is logarithmic in the count: on a linear scale few samples would be invisible.
     image[..., 3] = np.where(count > 0, 0.15 + 0.85 * np.log1p(count) / np.log1p(count.max()), 0)
     ax.imshow(image, extent=(left, right, bottom, top), origin="lower", interpolation="nearest")

@@ -1,4 +1,4 @@
-"""Stochastic rounding: on average, rows in half precision move by their exact steps."""
+"""Stochastic rounding to bfloat16 or float16. On average it is exact, so that small steps are not lost."""
 
 import math
 from functools import partial
@@ -10,12 +10,12 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from jax_centerloss import _groups
+from jax_centerloss import _placement
 
 
 def seed_of(rounding_key: jax.Array | None, *tables: Any) -> jax.Array | None:
-    """Two random words, or None if there is no key or no table in half precision."""
-    if rounding_key is None or not any(is_half(leaf.dtype) for leaf in jax.tree.leaves(tables)):
+    """Two random words, the seed of the rounding. None if there is no key, or no table in half precision."""
+    if rounding_key is None or not any(is_below_float32(leaf.dtype) for leaf in jax.tree.leaves(tables)):
         return None
     return jax.random.bits(rounding_key, (2,), jnp.uint32)
 
@@ -28,15 +28,15 @@ def round_rows(
     The random bits of an entry are a function of the seed, the class, the column and the index of the table,
     so that they are the same on every platform, in every order of the batch and for every sharding.
     """
-    if seed is None or not is_half(dtype) or not jnp.issubdtype(rows.dtype, jnp.floating):
+    if seed is None or not is_below_float32(dtype) or not jnp.issubdtype(rows.dtype, jnp.floating):
         return rows.astype(dtype)
     flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:])).astype(jnp.float32)
     words = _random_words(seed + np.uint32(table_index), classes, flat.shape[1])
     return _round_stochastically(flat, words, jnp.dtype(dtype)).reshape(rows.shape)
 
 
-def is_half(dtype: DTypeLike) -> bool:
-    """Whether it is a float of fewer than 32 bits."""
+def is_below_float32(dtype: DTypeLike) -> bool:
+    """Whether `dtype` is a float of fewer than 32 bits."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
 
 
@@ -44,7 +44,7 @@ def _random_words(seed: jax.Array, classes: jax.Array, columns: int) -> jax.Arra
     """`(S, columns)` random words: a hash of seed, class and column.
 
     Rounding needs words that are uniform and show no pattern along rows, columns and seeds. On a CPU
-    `jax.random.bits` takes over twice as long as the whole update of the centers.
+    `jax.random.bits` is more than twice as slow as the whole update of the centers.
     """
     rows = _mix(seed[0] + classes.astype(jnp.uint32) * np.uint32(0x9E3779B9))
     offsets = jnp.arange(columns, dtype=jnp.uint32) * np.uint32(0x85157AF5)
@@ -63,11 +63,12 @@ def _round_stochastically(x: jax.Array, words: jax.Array, dtype: Any) -> jax.Arr
     """Rounds float32 `x` to one of its two neighbours in `dtype`, so that the mean of the result is `x`.
 
     With `u` uniform in [0, 1), a magnitude of `q` units in the last place is rounded to `floor(q + u)`, whose
-    mean is `q`. Here both are integers that count 2**-k of a unit, so that the sum is exact. Numbers
-    between the largest one of `dtype` and the next power of two are rounded down.
+    mean is `q`. Here `q` and `u` are integers, in units of 2**-dropped of the last place (2**-fraction for
+    subnormal numbers), so that their sum is exact. Numbers between the largest one of `dtype` and the next
+    power of two become the largest one.
     """
     half, single = jnp.finfo(dtype), jnp.finfo(jnp.float32)
-    x = _groups.call_for_platform(_barrier_on_cpu, x)
+    x = _placement.call_for_platform(_barrier_on_cpu, x)
     dropped = single.nmant - half.nmant  # Bits of the significand that `dtype` does not hold.
     bits = lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)
     up = ((bits + (words >> (32 - dropped))) >> dropped) << dropped
@@ -80,17 +81,17 @@ def _round_stochastically(x: jax.Array, words: jax.Array, dtype: Any) -> jax.Arr
         small = ((units + (words >> (32 - fraction))) >> fraction).astype(jnp.float32)
         small = small * np.float32(half.smallest_subnormal)
         rounded = jnp.where(jnp.abs(x) < np.float32(half.smallest_normal), small, rounded)
-    # From the next power of two on, and for infinity and NaN, the cast decides.
+    # From the next power of two on, numbers are cast as usual, and so are infinity and NaN.
     overflows = bits >= largest + np.uint32(1 << dropped)
     return jnp.where(overflows, x, jnp.copysign(rounded, x)).astype(dtype)
 
 
 def _barrier_on_cpu(x: jax.Array, *, platform: str) -> jax.Array:
-    """XLA on CPUs would fuse what makes `x` into each of its uses, and compute it several times."""
+    """An optimization barrier on CPUs, where XLA would compute `x` again for each of its uses."""
     return lax.optimization_barrier(x) if platform == "cpu" else x
 
 
 @_round_stochastically.defjvp
 def _round_jvp(dtype: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """The derivative of the mean, which is the identity."""
+    """The derivative is the identity, since the mean of the rounded numbers is `x`."""
     return _round_stochastically(*primals, dtype), tangents[0].astype(dtype)

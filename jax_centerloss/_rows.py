@@ -14,7 +14,6 @@ from jax_centerloss import (
     _batch,
     _checks,
     _directions,
-    _groups,
     _options,
     _placement,
     _rounding,
@@ -26,7 +25,7 @@ from jax_centerloss._directions import Directions, Samples
 from jax_centerloss._options import AxisName
 
 _STATE_DTYPES = ("bfloat16", "float32", "float64")
-_FLOAT16_ADVICE = "float16 is not among them, since the squared gradients that Adam keeps often underflow."
+_FLOAT16_ADVICE = "float16 is not allowed: the squared gradients that Adam keeps often underflow in it."
 
 
 class RowOptimizer(NamedTuple):
@@ -42,7 +41,7 @@ def check_transformation(name: str, tx: Any) -> None:
 
 
 def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | None = None) -> RowOptimizer:
-    """Moves the centers of the batch's classes by an optax transformation, and touches no other row.
+    """Moves the centers of the batch's classes with an optax transformation, and touches no other row.
 
     It does to these rows what `tx` would do with a dense gradient, at a cost that does not grow with the
     number of classes. Of the centers and of the optimizer's state (momentum, Adam's moments) it writes only
@@ -57,18 +56,19 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
     than gradients, state and centers: LAMB, LARS, Muon, Adafactor, clipping by the norm of a block, added
     noise, `MultiSteps`, or one that needs the `value` of the loss.
 
-    With the same `rule`, `row_optimizer(optax.sgd(alpha))` is `update_centers`; the default here is
-    `"gradient"`. The Caffe layer of the paper is `row_optimizer(optax.sgd(alpha, momentum=0.9))` with
-    `rule="paper"`. The two are equal only if the rate is constant and every class is in every batch.
+    With the same `rule`, `row_optimizer(optax.sgd(alpha))` gives the centers that `update_centers` gives; the
+    default here is `"gradient"`. The paper's Caffe layer corresponds to `rule="paper"` with
+    `row_optimizer(optax.sgd(alpha, momentum=0.9))`: they agree only if the rate is constant and every class
+    is in every batch.
 
     Construction tries `tx` on a small table, which takes up to a second. In a program of several processes it
     has to come after `jax.distributed.initialize()`. `tx` gets gradients and centers in float32 (float64 for
-    float64 centers), also for centers in half precision, and its state has the dtypes that it chooses for
-    these, unless `state_dtype` is given.
+    float64 centers), also for centers in half precision, and chooses the dtypes of its state for these,
+    unless `state_dtype` is given.
 
     Args:
       tx: an optax transformation.
-      state_dtype: the dtype in which the tables of the state are stored between steps: `jnp.bfloat16`, which
+      state_dtype: the dtype in which the state of the rows is stored between steps: `jnp.bfloat16`, which
         halves the memory of Adam's moments, `jnp.float32` or `jnp.float64`. With bfloat16, `update` needs a
         `rounding_key`: rounded to nearest, a moment that decays by a thousandth in a step would never decay.
 
@@ -79,47 +79,47 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
 
       `update(params, state, x, labels, *, rule="gradient", where=None, weights=None, axis_name=None,
       after=None, rounding_key=None) -> (params, state)`: moved centers, in the tree structure and dtype of
-      `params`, and the new state. The gradient that `tx` sees is the direction of `rule`, reversed; the
-      arguments are those of `update_centers`. Under `jit`, donate `params` and `state`, so that both are
-      written in place.
+      `params`, and the new state. `tx` gets minus the step that `rule` takes at alpha 1 as its gradient; the
+      arguments are those of `update_centers`. No gradient is stopped. Under `jit`, donate `params` and
+      `state`, so that both are written in place.
 
     Raises:
       TypeError: if `tx` is not an optax transformation, or holds traced values.
-      ValueError: if `tx` is not row-separable, or on another `state_dtype`; on `update`, if `state` is not of
-        this optimizer and these centers, if its dtype needs a `rounding_key`, and what `update_centers`
-        raises.
+      ValueError: if the step of a row depends on other rows, or on an unsupported `state_dtype`; on `update`,
+        if `state` does not belong to this optimizer and these centers, if its dtype needs a `rounding_key`,
+        and what `update_centers` raises.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jax_centerloss
-      >>> centers = jax_centerloss.row_optimizer(optax.sgd(0.5, momentum=0.9))
+      >>> rows = jax_centerloss.row_optimizer(optax.sgd(0.5, momentum=0.9))
       >>> params = jax_centerloss.init_centers(jax.random.key(0), num_classes=1000, feat_dim=2)
-      >>> state = centers.init(params)
-      >>> params, state = centers.update(params, state, jnp.ones((4, 2)), jnp.array([3, 1, 3, -1]))
+      >>> state = rows.init(params)
+      >>> params, state = rows.update(params, state, jnp.ones((4, 2)), jnp.array([3, 1, 3, -1]))
     """
     check_transformation("tx", tx)
     state_dtype = _options.as_dtype("state_dtype", state_dtype, _STATE_DTYPES, _FLOAT16_ADVICE)
     separability = _separability.find_separability(tx)
     if separability.problem is not None:
         raise ValueError(
-            f"this transformation can't work row by row: {separability.problem}. Leave out the part that "
-            "needs it, or give the centers a dense optimizer by `with_center_optimizer`."
+            f"this transformation can't work row by row: {separability.problem}. Remove the part that "
+            "does so, or give the centers a dense optimizer by `with_center_optimizer`."
         )
 
     init_state = partial(_row_steps.init_state, tx, state_dtype=state_dtype)
-    move_rows = partial(_row_steps.move_rows, tx, state_dtype=state_dtype)
-    move_in_blocks = partial(_move_in_blocks, tx, move_rows)
+    update_rows = partial(_row_steps.update_rows, tx, state_dtype=state_dtype)
+    update_in_blocks = partial(_update_in_blocks, tx, update_rows)
 
     def init(params: Any) -> Any:
         centers = _checks.as_table(params)
-        held = {id(centers)}
+        seen = {id(centers)}
 
-        def own(leaf: Any) -> Any:
-            # Some states hold the centers themselves, or one array twice. Such an array can't be donated.
-            is_shared = id(leaf) in held
-            held.add(id(leaf))
+        def place(leaf: Any) -> Any:
+            # Some states hold the centers themselves, or one array twice. For donation it has to be copied.
+            is_shared = id(leaf) in seen
+            seen.add(id(leaf))
             return jnp.copy(leaf) if is_shared else _placement.place_like_table(leaf, centers)
 
-        return jax.tree.map(own, init_state(centers))
+        return jax.tree.map(place, init_state(centers))
 
     def update(
         params: Any,
@@ -142,11 +142,11 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         after = _checks.as_after(after)
         if rounding_key is None and state_dtype == jnp.bfloat16:
             raise ValueError(
-                "a state in bfloat16 needs a rounding_key: rounded to nearest, small steps of it are lost. "
-                "Pass another key in each step: `jax.random.fold_in(jax.random.key(0), step)`, say."
+                "a state in bfloat16 needs a rounding_key: without it, small changes of the state are lost. "
+                "Pass a new key in each step, for example `jax.random.fold_in(jax.random.key(0), step)`."
             )
         seed = _rounding.seed_of(_checks.as_key("rounding_key", rounding_key), centers, state)
-        centers, state = move(centers, state, batch, after, seed, rule=rule, axis_name=axis_name)
+        centers, state = update_checked(centers, state, batch, after, seed, rule=rule, axis_name=axis_name)
         return jax.tree.unflatten(jax.tree.structure(params), [centers]), state
 
     def shardings(centers: jax.Array, state: Any, *others: Any) -> Any:
@@ -155,7 +155,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         )
 
     @_placement.jit_on_auto_axes(shardings, static_argnames=("rule", "axis_name"))
-    def move(
+    def update_checked(
         centers: jax.Array,
         state: Any,
         batch: Batch,
@@ -166,14 +166,14 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         axis_name: AxisName,
     ) -> tuple[jax.Array, Any]:
         samples = _directions.compare_with_centers(centers, batch, after, axis_name)
-        # On a mesh the rows of each block would be communicated separately.
+        # On a mesh, the devices would communicate once for each block.
         mesh = _placement.mesh_of(centers, samples.labels)
         in_blocks = separability.in_blocks and (mesh is None or mesh.size == 1)
-        step = partial(move_on, rule=rule, in_blocks=in_blocks)
-        moved: tuple[jax.Array, Any] = _groups.call_for_platform(step, centers, state, samples, seed)
+        step = partial(update_on_platform, rule=rule, in_blocks=in_blocks)
+        moved: tuple[jax.Array, Any] = _placement.call_for_platform(step, centers, state, samples, seed)
         return moved
 
-    def move_on(
+    def update_on_platform(
         centers: jax.Array,
         state: Any,
         samples: Samples,
@@ -186,21 +186,21 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         directions = _directions.directions_of(samples, centers.shape[0], platform=platform, rule=rule)
         size = directions.block_size() if platform == "cpu" and in_blocks else None
         if size is not None:
-            moved: tuple[jax.Array, Any] = move_in_blocks(centers, state, directions, seed, size=size)
+            moved: tuple[jax.Array, Any] = update_in_blocks(centers, state, directions, seed, size=size)
             return moved
         gradient = -directions.all_slots()
         if platform == "gpu":
-            # On a GPU the sums of slots without a class are arbitrary. They must not enter a norm over rows.
+            # On a GPU the sums of slots without a class have no meaning, and must not enter a norm over rows.
             has_class = (directions.classes < centers.shape[0])[:, None]
             gradient = jnp.where(has_class, gradient, jnp.zeros((), gradient.dtype))
-        return move_rows(centers, state, directions.classes, gradient, seed)
+        return update_rows(centers, state, directions.classes, gradient, seed)
 
     return RowOptimizer(init, update)
 
 
-def _move_in_blocks(
+def _update_in_blocks(
     tx: optax.GradientTransformation,
-    move_rows: Callable[..., tuple[jax.Array, Any]],
+    update_rows: Callable[..., tuple[jax.Array, Any]],
     centers: jax.Array,
     state: Any,
     directions: Directions,
@@ -208,22 +208,22 @@ def _move_in_blocks(
     *,
     size: int,
 ) -> tuple[jax.Array, Any]:
-    """`move_rows` on `size` slots at a time.
+    """`update_rows` in blocks of `size` slots.
 
-    Every block starts from the old scalars of the state, such as Adam's count of steps, and the new state has
-    the scalars that the first block returned.
+    Every block gets the old scalars of the state, such as Adam's count of steps. The new state has the
+    scalars that the first block returned.
     """
     num_blocks, block = directions.blocks(size)
 
-    def move_block(i: Any, centers: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    def update_block(i: Any, centers: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         classes, direction = block(i)
-        return move_rows(centers, state, classes, -direction, seed)
+        return update_rows(centers, state, classes, -direction, seed)
 
-    def move_next(i: Any, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        centers, new_state = move_block(i, *carry)
+    def update_next(i: Any, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        centers, new_state = update_block(i, *carry)
         return centers, _row_steps.with_tables_of(tx, carry[1], new_state)
 
-    centers, first = move_block(0, centers, state)
+    centers, first = update_block(0, centers, state)
     carry = centers, _row_steps.with_tables_of(tx, state, first)
-    centers, last = lax.fori_loop(1, num_blocks, move_next, carry)
+    centers, last = lax.fori_loop(1, num_blocks, update_next, carry)
     return centers, _row_steps.with_tables_of(tx, first, last)

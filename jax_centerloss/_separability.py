@@ -1,4 +1,8 @@
-"""Finds out by a trial whether an optax transformation is row-separable."""
+"""Finds out by a trial whether an optax transformation is "row-separable".
+
+It is if a step on some rows changes them and their state as a dense step would, whatever the other rows hold
+and however many there are.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,8 +17,8 @@ from jax_centerloss import _groups, _row_steps, _table
 
 # Large enough for Adafactor to factor its second moments.
 _NUM_CLASSES, _FEAT_DIM = 130, 128
-# The rows that each step of the trial touches, and the size of their gradients. Some rows come in many steps,
-# some late; gradients go from tiny to those that clipping cuts.
+# The rows that each step of the trial touches, and the size of their gradients. Some rows are touched again,
+# some appear late. Gradients are tiny, usual, or large enough for clipping.
 _TRIAL = (
     ([5, 2, 9], 1e-3),
     ([5, 9, 77], 1.0),
@@ -25,17 +29,17 @@ _TRIAL = (
     ([7, 3, 4], 1.0),
     ([5, 129, 9], 1e8),
 )
-# These accumulate over calls. The trial restores untouched rows in each step, and so does not show it.
+# These transformations accumulate over calls. The trial can't show it, since it restores untouched rows.
 _ACCUMULATES = (optax.MultiStepsState, optax.ApplyEvery, optax.contrib.SAMState, optax.contrib.MechanicState)
 
 
 class Separability(NamedTuple):
-    problem: str | None = None  # Why the transformation can't work by rows.
-    in_blocks: bool = False  # Whether the rows of a batch can be moved in blocks: none depends on another.
+    problem: str | None = None  # Why the transformation is not row-separable, or None if it is.
+    in_blocks: bool = False  # Whether a batch can be updated in blocks, since no row depends on another.
 
 
 def find_separability(tx: optax.GradientTransformation) -> Separability:
-    """Takes a few steps of `tx` on some rows only and on the whole of a small table, and compares these rows.
+    """Compares steps of `tx` on some rows of a small table with dense steps.
 
     In each step a gradient is NaN on purpose, which the user's `jax_debug_nans` should not report.
     """
@@ -51,33 +55,33 @@ def find_separability(tx: optax.GradientTransformation) -> Separability:
         except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
             raise TypeError(
                 "tx holds values that are being traced. Make the row optimizer outside of jit and vmap: "
-                "a rate that changes is a schedule, or one of inject_hyperparams."
+                "for a rate that changes use a schedule, or optax.inject_hyperparams."
             ) from error
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             return Separability(
-                f"a step with a gradient, a state and params alone fails ({type(error).__name__}: {error})"
+                f"tx.update(gradients, state, params) fails ({type(error).__name__}: {error})"
             )
 
 
 def _run_trial(tx: optax.GradientTransformation) -> Separability:
     rng = np.random.default_rng(0)
     centers = jnp.asarray(rng.normal(size=(_NUM_CLASSES, _FEAT_DIM)), jnp.float32)
-    slope = rng.normal(size=centers.shape).astype(np.float32)
+    base_gradient = rng.normal(size=centers.shape).astype(np.float32)
     state = _row_steps.init_state(tx, centers)
     if any(map(_accumulates, jax.tree.leaves(state, is_leaf=_accumulates))):
         return Separability("it accumulates or adapts over several calls, which have different classes")
     for table in _row_steps.tables_of(tx, state):
         if table.shape[0] != _NUM_CLASSES:
-            return Separability(f"tried on centers {centers.shape}, it keeps state of shape {table.shape}")
+            return Separability(f"for centers {centers.shape} it keeps state of shape {table.shape}")
     by_rows, dense = jax.jit(partial(_row_steps.compute_steps, tx)), jax.jit(partial(_disturbed_step, tx))
     in_blocks = True
     for touched, size in _TRIAL:
         gradient = np.zeros(centers.shape, np.float32)
         noise = rng.normal(size=(len(touched), _FEAT_DIM)).astype(np.float32)
-        gradient[touched] = size * (slope[touched] + 0.5 * noise)
+        gradient[touched] = size * (base_gradient[touched] + 0.5 * noise)
         rows = jnp.array(touched, jnp.int32)
         expected = [dense(centers, state, rows, gradient, offset) for offset in jnp.array([0.0, 1e6])]
-        # The last slot is empty, as some slots of a batch are.
+        # The last entry has no class, like some slots of a batch.
         classes = jnp.append(rows, _groups.NO_CLASS)
         gradients = np.append(gradient[touched], np.zeros((1, _FEAT_DIM), np.float32), 0)
         in_two_parts = _steps_in_two_parts(by_rows, centers, state, classes, gradients)
@@ -85,7 +89,7 @@ def _run_trial(tx: optax.GradientTransformation) -> Separability:
         in_blocks &= _all_close(steps[:-1], in_two_parts[:-1])
         in_blocks &= _nan_stays_in_its_row(by_rows, tx, centers, state, classes, gradients)
         if not all(_all_close((steps[:-1], state), other) for other in expected):
-            return Separability("the step of a row depends on rows outside of the batch, or on their number")
+            return Separability("the step of a row depends on rows outside of the batch, or on num_classes")
         centers = _table.add_to_rows(centers, classes, steps)
     return Separability(in_blocks=in_blocks)
 

@@ -1,5 +1,6 @@
-"""Reads and writes of the class table, which keep it in place."""
+"""Gathers and scatters of the rows of a table, written so that XLA updates the table in place."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,8 @@ def compute_dtype(*arrays: jax.Array) -> Any:
     return jnp.float64 if any(a.dtype == jnp.float64 for a in arrays) else jnp.float32
 
 
-def gather_own_rows(centers: jax.Array, labels: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The center of each sample's class, sharded as `x` is, and whether the label is in `[0, C)`.
+def gather_label_rows(centers: jax.Array, labels: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The center of each sample's class, sharded like `x`, and whether the label is in `[0, C)`.
 
     Only the sharding and the dtype of `x` are used. The row of a label out of range is arbitrary. No mask
     enters the gather, so that loss and update issue the same gather, which XLA then runs once. Rows are in
@@ -28,7 +29,7 @@ def gather_own_rows(centers: jax.Array, labels: jax.Array, x: jax.Array) -> tupl
     after that.
     """
     if not labels.ndim:  # JAX can't gather a single row of a table that is sharded over Explicit axes.
-        rows, in_range = gather_own_rows(centers, labels[None], x[None])
+        rows, in_range = gather_label_rows(centers, labels[None], x[None])
         return rows[0], in_range[0]
     num_classes = centers.shape[0]
     in_range = (labels >= 0) & (labels < num_classes)
@@ -43,48 +44,54 @@ def _gather(centers: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
 
 @partial(_gather.defjvp, symbolic_zeros=True)
 def _gather_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """Gathers rows of the tangent. The backward pass then scatters into one table, not into one per shard.
+    """Gathers rows of the tangent.
 
-    For that the index is replicated, and so are the cotangents before they are scattered.
+    The index is replicated, and in the backward pass the cotangents are. The backward pass then scatters into
+    the table once, and not into a full table per shard.
     """
     centers, index, x = primals
     rows = _gather(centers, index, x)
-    if isinstance(tangents[0], SymbolicZero):  # A table of zeros is never made.
+    if isinstance(tangents[0], SymbolicZero):  # The centers are constant: no (C, D) tangent is made.
         return rows, jnp.zeros_like(rows)
     mesh = _placement.mesh_of(centers, index, x)
     index = _placement.replicate(index, mesh)
     # The cast comes before the gather, so that the transpose sums over samples before it casts back.
     tangent = tangents[0].astype(rows.dtype)
     if mesh is not None and jax.__version_info__ < (0, 10):
-        # JAX before 0.10 can't differentiate `lax.platform_dependent` on Explicit axes.
+        # JAX before 0.10 can't differentiate `lax.platform_dependent` on Explicit axes. On any mesh the
+        # default backend stands for the platform.
         gathered = _gather_tangent(tangent, index, platform=jax.default_backend())
     else:
-        gathered = _groups.call_for_platform(_gather_tangent, tangent, index)
-    # The backward pass has to apply `replicate` to the cotangents. It transposes what stands here, so this is
-    # the transpose of `replicate`.
-    (gathered,) = jax.linear_transpose(partial(_placement.replicate, mesh=mesh), rows)(gathered)
-    return rows, gathered
+        gathered = _placement.call_for_platform(_gather_tangent, tangent, index)
+    # The backward pass is the transpose of this function, and has to apply `replicate` to the cotangents. So
+    # here the transpose of `replicate` is applied.
+    return rows, _transpose(partial(_placement.replicate, mesh=mesh), rows)(gathered)
 
 
 def _gather_tangent(tangent: jax.Array, index: jax.Array, *, platform: str) -> jax.Array:
-    """`tangent[index]`, whose transpose sums by class in the way that is fast on `platform`."""
+    """`tangent[index]`. Its transpose sums by class, with the algorithm that is fast on `platform`."""
     out_sharding = _placement.sharding_of(index[..., None], tangent)
     if platform != "gpu":
         return tangent.at[index].get(mode="promise_in_bounds", out_sharding=out_sharding)
     flat = index.reshape(-1)
-    groups = _groups.group_on_gpu(flat, jnp.ones_like(flat, jnp.bool_), tangent.shape[0])
-    rows = tangent.at[_unique_indices(tangent, groups.classes)].get(
+    classes, sum_by_class = _groups.group_on_gpu(flat, jnp.ones_like(flat, jnp.bool_), tangent.shape[0])
+    rows = tangent.at[_unique_indices(tangent, classes)].get(
         mode="fill",
         fill_value=0,
         unique_indices=True,
         out_sharding=_placement.sharding_of(flat[..., None], tangent),
     )
-    # The transpose of `groups.sum` is the lookup from classes to samples, (S, D) to (N, D). Transposed again,
-    # in the backward pass, it is `groups.sum`.
-    per_sample = jnp.broadcast_to(flat[:, None], (flat.size, tangent.shape[1])).astype(tangent.dtype)
-    (rows,) = jax.linear_transpose(groups.sum, per_sample)(rows)
-    gathered: jax.Array = rows.reshape(*index.shape, tangent.shape[1])
-    return gathered
+    # The transpose of `sum_by_class` looks up the rows of samples, (S, D) to (N, D), and the backward pass
+    # transposes it back. Of `like` only the type is used. It is made from `flat`, since inside of `shard_map`
+    # it has to vary over the same mesh axes.
+    like = jnp.broadcast_to(flat[:, None], (flat.size, tangent.shape[1])).astype(tangent.dtype)
+    return _transpose(sum_by_class, like)(rows).reshape(*index.shape, tangent.shape[1])
+
+
+def _transpose(linear: Callable[[jax.Array], jax.Array], like: jax.Array) -> Callable[..., jax.Array]:
+    """The transpose of a linear function, whose argument has the type of `like`."""
+    transpose: Any = jax.linear_transpose(linear, like)
+    return lambda cotangent: transpose(cotangent)[0]
 
 
 def evenly_spaced_rows(centers: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
@@ -95,9 +102,10 @@ def evenly_spaced_rows(centers: jax.Array, most: int) -> tuple[jax.Array, jax.Ar
 
 
 def gather_class_rows(table: ArrayLike, classes: jax.Array) -> jax.Array:
-    """The rows of `classes`, all of them at least 0; zeros for a class `>= C`.
+    """The rows of `classes`, and zeros for a class `>= C`. No class may be negative.
 
-    Indices are clipped, since checkify reports one out of bounds also with `mode="fill"`.
+    Indices are clipped, since `checkify.index_checks` reports an index out of bounds even with `mode="fill"`.
+    It does report the indices that sums by slot, `set_rows` and `add_to_rows` drop.
     """
     table = jnp.asarray(table)
     rows = table.at[jnp.clip(classes, 0, table.shape[0] - 1)].get(mode="promise_in_bounds")
@@ -108,7 +116,10 @@ def gather_class_rows(table: ArrayLike, classes: jax.Array) -> jax.Array:
 def add_to_rows(
     table: jax.Array, classes: jax.Array, steps: jax.Array, seed: jax.Array | None = None
 ) -> jax.Array:
-    """`table` with `steps` added to the rows of `classes`, which may not repeat a class."""
+    """`table` with `steps` added at `classes`, which may not repeat a class. Classes `>= C` are dropped.
+
+    With a seed, rows of another dtype than the steps are rounded stochastically.
+    """
     if table.dtype == steps.dtype:
         return table.at[_unique_indices(table, classes)].add(steps, mode="drop", unique_indices=True)
     # A sum with rows in half precision is computed in the dtype of the steps, and rounded once.
@@ -131,26 +142,26 @@ def set_rows(
 def _unique_indices(table: jax.Array, classes: jax.Array) -> jax.Array:
     """`classes`, with a distinct index beyond the end of the table for each class that is not in it.
 
-    All indices are then unique, and a GPU that is promised so needs no atomic operations.
+    All indices are then unique. With `unique_indices=True` a GPU needs no atomic operations.
     """
     end = table.shape[0] + classes.shape[0]
     if isinstance(end, int) and end > 2**31:
-        raise ValueError(f"classes and samples have to be at most 2**31 together, got {end:,}.")
+        raise ValueError(f"num_classes plus the number of samples must be at most 2**31, got {end:,}.")
     beyond = table.shape[0] + jnp.arange(classes.shape[0], dtype=jnp.int32)
     return jnp.where(classes < table.shape[0], classes, beyond)
 
 
 def true_after(tree: Any, axis_name: AxisName = None) -> jax.Array:
-    """True, computed from every leaf of `tree`, so that what uses it runs after them.
+    """Always True, but computed from every leaf of `tree`, so that what uses it runs after them.
 
-    XLA removes an optimization barrier before it orders reads and writes (jax issue 25399), but keeps a value
-    that it can't fold. With `axis_name` it waits for the leaves of all devices: by the `psum`, `shard_map`
-    knows that the result is the same on each.
+    XLA removes an optimization barrier before it orders reads and writes, but keeps a value that it can't
+    fold (https://github.com/jax-ml/jax/issues/25399; tests/test_in_place.py looks for the copies). With
+    `axis_name` it uses the leaves of all devices, and `shard_map` knows that a `psum` is the same on each.
     """
     true = jnp.ones((), jnp.bool_)
     for leaf in jax.tree.leaves(tree):
         total = jnp.sum(jnp.asarray(leaf).astype(jnp.float32))
         if axis_name is not None:
             total = lax.psum(total, axis_name)
-        true = true & (jnp.isnan(total) | (total == total))
+        true = true & (jnp.isnan(total) | (total == total))  # Holds for every number, and for NaN.
     return true

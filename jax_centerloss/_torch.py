@@ -11,7 +11,7 @@ import numpy as np
 
 from jax_centerloss import _checks
 
-_LISTED = 50  # Tensors, at most, that an error lists.
+_LISTED = 50  # An error lists at most this many tensors.
 
 Source = Mapping[str, Any] | str | os.PathLike[str]
 
@@ -32,10 +32,11 @@ def from_torch(source: Source | Any, *, key: str = "centers") -> dict[str, jax.A
 
     Raises:
       KeyError: if there is no `key`; the message lists the names.
-      ValueError: if the tensor is not a `(C, D)` table, or the file can't be read: it is broken, or holds
-        more than tensors and plain containers, as the file of a whole module does.
+      ValueError: if the tensor is not of shape `(C, D)`, or the file can't be read: it is broken, or holds
+        more than tensors and plain containers, such as a pickled `nn.Module`.
       TypeError: if the tensor is not floating point, or `source` has another type.
       ImportError: if torch or safetensors is needed and not installed.
+      OSError: if the file can't be opened: a FileNotFoundError, or for a folder an IsADirectoryError.
 
     Example:
       >>> import numpy as np, jax_centerloss
@@ -47,7 +48,7 @@ def from_torch(source: Source | Any, *, key: str = "centers") -> dict[str, jax.A
         source = _load(os.fspath(source), key)
     if isinstance(source, Mapping):
         tensors = _flatten(source)
-        held = f"; the state dict holds: {_list_tensors(tensors)}."
+        contents = f"; the state dict holds: {_list_tensors(tensors)}."
         if key not in tensors:
             alike = [name for name in tensors if name.split(".")[-1] == key.split(".")[-1]]
             advice = f", perhaps `key={alike[0]!r}`" if alike else ""
@@ -57,20 +58,20 @@ def from_torch(source: Source | Any, *, key: str = "centers") -> dict[str, jax.A
             )
         name, tensor = repr(key), tensors[key]
     else:
-        name, tensor, held = "source", source, "."
+        name, tensor, contents = "source", source, "."
     try:
         array = _copy(tensor)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         if tensor is source:
-            held = (
+            contents = (
                 ", a mapping such as `module.state_dict()` or the path of a file, got "
                 f"{type(source).__name__}."
             )
-        raise TypeError(f"{name} must be a tensor{held}") from error
+        raise TypeError(f"{name} must be a tensor{contents}") from error
     if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"{name} must have shape (C, D), got {array.shape}{held}")
+        raise ValueError(f"{name} must have shape (C, D), got {array.shape}{contents}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating point, got {array.dtype.name}{held}")
+        raise TypeError(f"{name} must be floating point, got {array.dtype.name}{contents}")
     return {"centers": jnp.asarray(array)}
 
 
@@ -84,8 +85,9 @@ def to_torch(params: Any) -> dict[str, Any]:
       `{"centers": tensor}`, a copy on the CPU in the same dtype.
 
     Raises:
-      ValueError: if `params` does not hold one `(C, D)` table.
-      TypeError: if it is not floating point.
+      ImportError: if torch is not installed.
+      ValueError: if `params` does not hold one array of shape `(C, D)`.
+      TypeError: if the centers are not floating point.
 
     Example:
       >>> import jax, jax_centerloss
@@ -116,10 +118,10 @@ def _load(path: str, key: str) -> Any:
         ) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):  # Of the machine, and not of the file's content.
+    except (OSError, MemoryError):  # The system's errors are raised as they are.
         raise
     except Exception as error:  # The loader raises errors of many types over a broken file.
-        # The refusal is an error of the pickle module's, told by its name: nothing else is needed of it.
+        # A refusal is a `pickle.UnpicklingError`. Its name is compared, so that pickle need not be imported.
         if type(error).__name__ != "UnpicklingError":
             raise ValueError(
                 f"{path!r} can't be read: {type(error).__name__}: {_first_line(error)}"
@@ -180,7 +182,7 @@ def _describe(name: str, value: Any) -> str:
 
 
 def _copy(value: Any) -> np.ndarray[Any, Any]:
-    """A tensor or array as a NumPy array of its own: a module may go on to train the tensor in place."""
+    """Copies a tensor or an array to NumPy, since a module may go on to train the tensor in place."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         # torch can't convert bfloat16, which NumPy itself does not have.

@@ -1,4 +1,4 @@
-"""Moves centers by rule, independent of the model's gradient and of the weight of the loss."""
+"""Moves centers by a rule, independent of the model's gradient and of the weight of the loss."""
 
 from functools import partial
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jax_centerloss import _batch, _checks, _directions, _groups, _options, _placement, _rounding, _table
+from jax_centerloss import _batch, _checks, _directions, _options, _placement, _rounding, _table
 from jax_centerloss._batch import Batch
 from jax_centerloss._directions import Directions, Samples
 from jax_centerloss._options import AxisName, Clip, ReduceFn
@@ -29,46 +29,49 @@ def update_centers(
 ) -> Any:
     """Moves the centers of the batch's classes towards their features.
 
-    The step does not depend on the weight of the loss. With N used samples, `n_j` of them of class j,
+    Unlike a gradient step on `cross_entropy + lam * center_loss`, the move does not depend on `lam`. With N
+    used samples, `n_j` of them of class j,
 
       `"paper"`: `c_j - alpha * sum(c_j - x) / (1 + n_j)`, the paper's Eq. 4;
-      `"gradient"`: `c_j - alpha * 2 * sum(c_j - x) / N`, plain gradient descent on `center_loss`, the mean
-      with its default `clip`;
+      `"gradient"`: `c_j - alpha * 2 * sum(c_j - x) / N`, gradient descent on `center_loss` with its default
+      `reduce_fn` and `clip`;
       `"mean"`: `c_j - alpha * sum(c_j - x) / n_j`, alpha of the way to the mean of the class in the batch: a
       moving average of class means.
 
     A sample of weight k counts as k samples in the sums, in `n_j` and in N.
 
-    Call it with the features that the loss gets; they need no `jax.lax.stop_gradient`. Under `jit`, donate
-    the centers so that they are written in place.
+    Call it with the features that the loss gets. The moved centers are differentiable. If a loss function
+    returns them as auxiliary output, no gradient passes through them, and no `jax.lax.stop_gradient` is
+    needed. Under `jit`, donate the centers so that they are written in place.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
       x: features `(..., D)`, floating point.
-      labels: integer classes `(...)`. Negative ones are ignored. A label `>= C` raises; under `jit`, where
-        its value is not known, it is ignored.
+      labels: integer classes `(...)`. A negative label leaves its sample out. A label `>= C` raises, unless
+        `where` or a weight of 0 leaves its sample out; under `jit`, where labels are not known, it leaves its
+        sample out.
       alpha: the rate of the centers, 0.5 in the paper. If it is a schedule, pass `schedule(step)`.
       rule: `"paper"`, `"gradient"` or `"mean"`.
       where: boolean `(...)`, the samples to use; all by default.
-      weights: real numbers `(...)`, not negative: a sample of weight k counts as k samples, of weight 0 as
-        none. A negative weight raises; under `jit` it makes the center of its class NaN, and with
-        `"gradient"` the centers of all classes of the batch.
+      weights: real numbers `(...)`, not negative: a sample of weight k counts as k samples, and a weight of 0
+        leaves its sample out. A negative weight raises; under `jit` it makes the center of its class NaN, and
+        with `"gradient"` the centers of all classes of the batch.
       axis_name: inside `shard_map`, `pmap` or `vmap`, the mapped axis (or axes) over which the batch is
         split: counts and sums are then over the whole batch.
       after: a pytree, typically the loss, that is computed before the centers are written. Pass everything
-        that the same jitted program computes from the centers. XLA may schedule other reads of the centers
-        after the write, and copies the whole table for them.
-      rounding_key: a PRNG key, another one in each step, by which moved rows of bfloat16 or float16 centers
-        are rounded stochastically, so that on average a center moves by its exact step. Without it, or with
-        the same key in all steps, steps below half a unit in the last place are lost, and centers may stop
+        that the same jitted program computes from the old centers. For a read that XLA schedules after the
+        write, it copies the whole table.
+      rounding_key: a PRNG key for the stochastic rounding of moved rows of bfloat16 or float16 centers, with
+        which a center moves by its exact step on average. Use a new key in each step. Without a key, or with
+        the same one in all steps, steps below half a unit in the last place are lost, and centers may stop
         short of their features. It changes nothing for float32 centers.
 
     Returns:
-      Moved centers, in the tree structure and dtype of `params`. Rows of other classes keep their bits.
+      Moved centers, in the tree structure and dtype of `params`. Rows of other classes are bitwise unchanged.
 
     Raises:
-      ValueError: on an unknown `rule`, a shape that does not fit, several keys, or outside of `jit` a label
-        `>= C` or a negative weight.
+      ValueError: on an unknown `rule`, a shape that does not fit, a `rounding_key` that holds several keys,
+        or outside of `jit` a label `>= C` or a negative weight.
       TypeError: on features or centers that are not floating point, labels that are not integers, a `where`
         that is not boolean, an `alpha` that is a schedule, a `rounding_key` that is no key, or an argument
         that is no array.
@@ -117,10 +120,10 @@ def update_by_rule(
     reduce_fn: ReduceFn,
     differentiable: bool = False,
 ) -> Any:
-    """`update_centers`, where `"gradient"` is that of a loss with this `clip`.
+    """Checks the arguments of `update_centers`, and moves the centers.
 
-    With `reduce_fn=jnp.sum` it is the gradient of the sum, else of the mean. Unless it is `differentiable`,
-    no gradient passes through the result.
+    The rule `"gradient"` takes the gradient of a loss with this `clip`: of the sum if `reduce_fn` is
+    `jnp.sum`, else of the mean. Unless it is `differentiable`, no gradient passes through the result.
     """
     centers = _checks.as_table(params)
     batch = _batch.as_batch(x, labels, where, weights, centers)
@@ -129,16 +132,16 @@ def update_by_rule(
     after = _checks.as_after(after)
     seed = _rounding.seed_of(_checks.as_key("rounding_key", rounding_key), centers)
     if not differentiable:
-        centers, batch, after = lax.stop_gradient((centers, batch, after))
+        centers, batch, rate, after = lax.stop_gradient((centers, batch, rate, after))
     options = {"rule": rule, "clip": _options.as_clip(clip), "summed": reduce_fn is jnp.sum}
-    new_centers = _update(centers, batch, rate, after, seed, axis_name=axis_name, **options)
+    new_centers = _update_checked(centers, batch, rate, after, seed, axis_name=axis_name, **options)
     return jax.tree.unflatten(jax.tree.structure(params), [new_centers])
 
 
 @_placement.jit_on_auto_axes(
     _placement.centers_sharding, static_argnames=("rule", "axis_name", "clip", "summed")
 )
-def _update(
+def _update_checked(
     centers: jax.Array,
     batch: Batch,
     alpha: jax.Array,
@@ -149,12 +152,12 @@ def _update(
     **options: Any,
 ) -> jax.Array:
     samples = _directions.compare_with_centers(centers, batch, after, axis_name)
-    update = partial(_update_on, **options)
-    new_centers: jax.Array = _groups.call_for_platform(update, centers, samples, alpha, seed)
+    update = partial(_update_on_platform, **options)
+    new_centers: jax.Array = _placement.call_for_platform(update, centers, samples, alpha, seed)
     return new_centers
 
 
-def _update_on(
+def _update_on_platform(
     centers: jax.Array,
     samples: Samples,
     alpha: jax.Array,
@@ -175,13 +178,13 @@ def _update_on(
 def _add_in_blocks(
     centers: jax.Array, directions: Directions, seed: jax.Array | None, *, size: int
 ) -> jax.Array:
-    """Adds the directions to the centers, `size` slots at a time, whose sums fit the cache of a CPU."""
+    """Adds the directions to the centers in blocks of `size` slots: their sums fit the cache of a CPU."""
     num_blocks, block = directions.blocks(size)
 
     def add(i: ArrayLike, centers: jax.Array) -> jax.Array:
         return _table.add_to_rows(centers, *block(i), seed)
 
-    # The first block is added before the loop: `shard_map` requires that what goes into a loop varies over
-    # the same mesh axes as what comes out.
+    # The first block is added before the loop: `shard_map` requires that a carry varies over the same mesh
+    # axes before an iteration and after it.
     new_centers: jax.Array = lax.fori_loop(1, num_blocks, add, add(0, centers))
     return new_centers

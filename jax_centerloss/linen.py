@@ -24,23 +24,23 @@ class CenterLoss(nn.Module):
       reduce_fn: see `jax_centerloss.center_loss`.
       axis_name: see `jax_centerloss.center_loss`.
       param_dtype: dtype of the centers.
-      centers_init: draws the `(C, D)` centers; N(0, 1) by default.
+      centers_init: returns the `(C, D)` initial centers; N(0, 1) by default.
       centers_as: `"param"`, a parameter that the optimizer moves, or `"state"`, a variable in the collection
-        `"centers"`, as batch statistics are in theirs: each call with `mutable=["centers"]` moves it. For
-        bfloat16 or float16 centers pass `rngs={"rounding": key}`, another key in each step, to round the
-        moved rows stochastically: see `rounding_key` of `jax_centerloss.update_centers`. Without a stream of
-        this name rows are rounded to nearest.
+        `"centers"`, like `"batch_stats"` of batch normalization: each call with `mutable=["centers"]` moves
+        the centers. For bfloat16 or float16 centers pass `rngs={"rounding": key}`, with a new key in each
+        step, to round the moved rows stochastically: see `rounding_key` of `jax_centerloss.update_centers`.
+        Without a stream of this name rows are rounded to nearest.
       out_sharding: see `jax_centerloss.init_centers`.
       alpha: the rate of centers that are state; see `jax_centerloss.update_centers`.
       rule: `"paper"`, `"gradient"` or `"mean"`, for centers that are state; see
         `jax_centerloss.update_centers`. `"gradient"` is the gradient of the loss of this module, with its
-        `clip`, of the sum if `reduce_fn` is `jnp.sum` and else of the mean.
+        `clip` (of the sum for `reduce_fn=jnp.sum`, otherwise of the mean).
 
     Raises:
-      ValueError: if a size is below 1 or an option is unknown; in a call, if centers that are state have
-        another size (for parameters Flax raises its own error), and what `jax_centerloss.center_loss` raises.
-      TypeError: if a size is not an integer, `param_dtype` is not floating point, or `centers_init` is not a
-        function.
+      ValueError: if a size is below 1, an option unknown, or `alpha` no scalar; in a call, if centers that
+        are state have another size (of parameters Flax raises), and what `jax_centerloss.center_loss` raises.
+      TypeError: if a size is not an integer, `param_dtype` is not floating point, `centers_init` is not a
+        function, or `alpha` is not a real number.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -91,7 +91,7 @@ class CenterLoss(nn.Module):
         where: ArrayLike | None = None,
         weights: ArrayLike | None = None,
     ) -> jax.Array:
-        """The loss of features `(..., D)` with integer labels `(...)`: see `jax_centerloss.center_loss`."""
+        """The loss: see `jax_centerloss.center_loss`. Centers that are mutable state are moved."""
 
         def draw(key: jax.Array) -> jax.Array:
             drawn = _loss.init_centers(
@@ -121,8 +121,8 @@ class CenterLoss(nn.Module):
             clip=self.clip,
             axis_name=axis_name,
         )
-        moves = self.is_mutable_collection("centers") and not self.is_initializing()
-        if self.centers_as == "state" and moves:
+        is_training = self.is_mutable_collection("centers") and not self.is_initializing()
+        if self.centers_as == "state" and is_training:
             state.value = _update.update_by_rule(
                 centers,
                 x,

@@ -16,20 +16,27 @@ from jax_centerloss._optim import OWNER
 from jax_centerloss._options import AxisName, Clip, ReduceFn
 from jax_centerloss._placement import OutSharding
 
+_EAGER_SHARDING = hasattr(nnx, "use_eager_sharding")  # Flax 0.12 renamed metadata and places by itself.
+
 
 class Centers(nnx.Variable[jax.Array]):
-    """Centers that are moved by rule or by rows. They are no `nnx.Param`."""
+    """The type of centers that are state, moved by `update_centers` or a row optimizer, as no `nnx.Param`."""
 
 
 def _sharding_metadata(out_sharding: OutSharding | None) -> dict[str, Any]:
-    """The metadata by which Flax places a variable, and what follows it, such as an optimizer's state."""
+    """The metadata by which Flax places a variable, and the optimizer's state that is made from it."""
     if out_sharding is None:
         return {}
-    name = "out_sharding" if hasattr(nnx, "use_eager_sharding") else "sharding"  # Renamed in Flax 0.12.
+    name = "out_sharding" if _EAGER_SHARDING else "sharding"
     sharding = out_sharding.sharding if isinstance(out_sharding, Format) else out_sharding
     if isinstance(sharding, NamedSharding):
         return {name: sharding.spec, "mesh": sharding.mesh}
     return {name: sharding} if isinstance(sharding, PartitionSpec) else {}
+
+
+def _is_of_center_loss(value: Any, kind: Any) -> bool:
+    """Whether `value` is a Variable of the type `kind` that a CenterLoss has made."""
+    return type(value) is kind and OWNER.items() <= value.get_metadata().items()
 
 
 class CenterLoss(nnx.Module):
@@ -44,8 +51,8 @@ class CenterLoss(nnx.Module):
       clip: see `jax_centerloss.center_loss`.
       reduce_fn: see `jax_centerloss.center_loss`.
       axis_name: see `jax_centerloss.center_loss`.
-      param_dtype: dtype of the centers. In bfloat16 they need a `rounding_key`, or small steps are lost.
-      centers_init: draws the `(C, D)` centers; N(0, 1) by default.
+      param_dtype: dtype of the centers. With bfloat16 pass a `rounding_key` to `update_centers`.
+      centers_init: returns the `(C, D)` initial centers; N(0, 1) by default.
       centers_as: `"param"`, an `nnx.Param` that the optimizer moves, or `"state"`, a `Centers` variable that
         `update_centers` or a `jax_centerloss.row_optimizer` moves. It is no parameter, and has a gradient
         only for `nnx.grad` with `argnums=nnx.DiffState(0, Centers)`.
@@ -67,6 +74,9 @@ class CenterLoss(nnx.Module):
       >>> loss = center_loss(jnp.ones((4, 2)), jnp.array([0, 1, 2, 3]))
       >>> loss.shape
       ()
+      >>> x, labels = jnp.ones((4, 2)), jnp.array([0, 1, 2, 3])
+      >>> center_loss = jax_centerloss.nnx.CenterLoss(10, 2, centers_as="state", rngs=nnx.Rngs(0))
+      >>> center_loss.update_centers(x, labels, after=center_loss(x, labels))
 
     References:
       Wen et al, A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016
@@ -87,7 +97,7 @@ class CenterLoss(nnx.Module):
         out_sharding: OutSharding | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        self.num_classes, self.feat_dim = _options.check_module(
+        _options.check_module(
             num_classes,
             feat_dim,
             clip=clip,
@@ -96,6 +106,7 @@ class CenterLoss(nnx.Module):
             param_dtype=param_dtype,
             centers_init=centers_init,
         )
+        self.num_classes, self.feat_dim = _options.as_shape(num_classes, feat_dim)
         self.clip = clip
         self.reduce_fn = reduce_fn
         self.axis_name = axis_name
@@ -109,24 +120,28 @@ class CenterLoss(nnx.Module):
         )
         kind = nnx.Param if centers_as == "param" else Centers
         metadata: dict[str, Any] = OWNER | _sharding_metadata(out_sharding)
-        # With eager sharding Flax would reshard the table, which loses its memory layout.
-        own_layout = isinstance(out_sharding, Format) and hasattr(nnx, "use_eager_sharding")
-        eager: Any = nnx.use_eager_sharding if own_layout else contextlib.nullcontext
-        with eager(False):
+        # With eager sharding Flax would reshard the centers, and lose the memory layout of a `Format`.
+        has_layout = _EAGER_SHARDING and isinstance(out_sharding, Format)
+        use_eager_sharding: Any = nnx.use_eager_sharding if has_layout else contextlib.nullcontext
+        with use_eager_sharding(False):
             self.centers = kind(drawn["centers"], **metadata)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Other attributes, the first centers, and a Variable of another CenterLoss, which shares its centers,
-        # are set as usual.
-        held = vars(self).get("centers") if name == "centers" else None
-        if not isinstance(held, nnx.Variable) or (
-            type(value) is type(held) and OWNER.items() <= value.get_metadata().items()
-        ):
+        """Writes an array that is assigned to `centers` into their Variable.
+
+        Flax would replace the Variable by the array, which is neither a parameter nor state, so that nothing
+        would move it. A Variable of another CenterLoss takes its place: the modules then share their centers.
+        """
+        variable = vars(self).get("centers") if name == "centers" else None
+        if isinstance(variable, nnx.Variable) and not _is_of_center_loss(value, type(variable)):
+            self._write_centers(value)
+        else:
             super().__setattr__(name, value)
-            return
-        # A bare array is written into the Variable. In its place it would be neither a parameter nor state,
-        # and nothing would move it.
-        (old,), new = jax.tree.leaves(held), _checks.as_table(value, "centers")
+
+    def _write_centers(self, value: Any) -> None:
+        """Writes a table into the Variable of the centers, whose dtype and sharding it gets."""
+        new = _checks.as_table(value, "centers")
+        old = jax.tree.leaves(self.centers)[0]
         _options.check_declared_shape(new, *old.shape)
         new = new.astype(old.dtype)
         if isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer):
@@ -169,13 +184,14 @@ class CenterLoss(nnx.Module):
     ) -> None:
         """Moves the centers of the batch's classes, in the module: see `jax_centerloss.update_centers`.
 
-        Call it once in each step, with the features of the step and with the loss as `after`. No gradient
-        passes through it. With bfloat16 centers pass `rounding_key=rngs.rounding()`, which is another key in
-        each step if `rngs` is part of the model.
+        Args are those of `jax_centerloss.update_centers`, without `axis_name`, which is the module's. Call it
+        once in each step, with the features of the step and with the loss as `after`. No gradient passes
+        through it. With bfloat16 centers pass `rounding_key=rngs.rounding()`: it is a new key in each step if
+        `rngs`, which counts the keys, is part of the model.
 
         It is meant for `centers_as="state"`, since the optimizer moves parameters too. `"gradient"` is the
-        gradient of the loss of this module, with its `clip`, of the sum if `reduce_fn` is `jnp.sum` and else
-        of the mean.
+        gradient of the loss of this module, with its `clip` (of the sum for `reduce_fn=jnp.sum`, otherwise of
+        the mean).
         """
         centers = nnx.state(self, nnx.PathContains("centers"))
         _options.check_declared_shape(_checks.as_table(centers), self.num_classes, self.feat_dim)

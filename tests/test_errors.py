@@ -285,7 +285,7 @@ def test_sizes(sizes):
         jcl.nnx.CenterLoss(*sizes, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="must be at least 1"):
         jcl.linen.CenterLoss(*sizes).init(jax.random.key(0), X, Y)
-    with pytest.raises(TypeError, match=r"dtype must be floating point, got int32\. Centers are drawn"):
+    with pytest.raises(TypeError, match=r"dtype must be floating point, got int32\. Centers are floating"):
         jcl.init_centers(jax.random.key(0), 2, 2, dtype=jnp.int32)
     with pytest.raises(TypeError, match="dtype must be floating point, got int32"):
         jcl.nnx.CenterLoss(2, 2, param_dtype=jnp.int32, rngs=nnx.Rngs(0))

@@ -88,7 +88,7 @@ def test_centers_that_are_state_beside_another_layer():
     model = Model(nnx.Rngs(0), centers_as="state")
     with pytest.raises(
         ValueError,
-        match=r"known to belong to an nnx\.CenterLoss; rbf/centers may be another layer's.*by rule",
+        match=r"known to belong to an nnx\.CenterLoss; rbf/centers may be .*update_centers or a row",
     ):
         nnx.Optimizer(model, jcl.with_center_optimizer(optax.adam(1e-2)), wrt=nnx.Param)
 
@@ -131,7 +131,7 @@ def test_centers_of_ones_own_in_nnx_are_named_by_select():
             self.centers = nnx.Param(jnp.zeros((C, 2)))
 
     model = Own()
-    with pytest.raises(ValueError, match="say so by `select`"):
+    with pytest.raises(ValueError, match="name them by `select`"):
         nnx.Optimizer(model, jcl.with_center_optimizer(optax.sgd(0.1)), wrt=nnx.Param)
     tx = jcl.with_center_optimizer(optax.sgd(0.1), select=lambda path, leaf: path == ("centers",))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -621,7 +621,7 @@ def test_a_sample_exactly_at_an_end_of_the_clamp_pulls(end):
 def test_momentums_state_is_not_adagrads():
     centers = jnp.zeros((C, 2))
     momentum, adagrad = jcl.row_optimizer(optax.sgd(0.1, 0.9)), jcl.row_optimizer(optax.adagrad(0.1))
-    with pytest.raises(ValueError, match="state is not of this optimizer"):
+    with pytest.raises(ValueError, match="state does not belong to this optimizer"):
         adagrad.update(centers, momentum.init(centers), jnp.ones((1, 2)), [0])
 
 
@@ -695,7 +695,7 @@ WORDS = {
     "swapped": (
         lambda: jcl.nearest_center(X, {"centers": TABLE}),
         TypeError,
-        r"they come first: \(params, x\)",
+        r"the order is \(params, x\)",
     ),
     "swapped labels": (lambda: jcl.center_loss(TABLE, Y, X), TypeError, r"Labels come after it"),
     "params None": (lambda: jcl.center_loss(None, X, Y), ValueError, "params must hold exactly one array"),

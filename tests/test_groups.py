@@ -20,10 +20,10 @@ def test_each_class_once_with_the_sum_of_its_samples(platform, n, c, rng):
     @jax.jit
     def by_class(labels, used, values):
         if platform == "gpu":
-            groups = _groups.group_on_gpu(labels, used, c)
-        else:
-            groups = _groups.assign_slots_on(labels, used, c, platform)
-        return groups.classes, groups.sum(values)
+            classes, sum_by_class = _groups.group_on_gpu(labels, used, c)
+            return classes, sum_by_class(values)
+        slots = _groups.assign_slots_on(labels, used, c, platform)
+        return slots.classes, slots.sum(values)
 
     classes, sums = map(np.asarray, by_class(labels, used, values))
     # A GPU writes without atomics, which is right only where no row stands twice.

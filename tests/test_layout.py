@@ -48,7 +48,7 @@ def test_split_over_a_mesh_too(kind):
     centers = jcl.init_centers(jax.random.key(0), C, D, out_sharding=placed)["centers"]
     assert order(centers) == (1, 0)
     assert centers.sharding.is_equivalent_to(placed.sharding, 2)
-    with pytest.raises(ValueError, match="num_classes=9 does not divide into 8 shards"):
+    with pytest.raises(ValueError, match="num_classes=9 is not divisible by the 8 shards"):
         jcl.init_centers(jax.random.key(0), C + 1, D, out_sharding=placed)
     module = jcl.nnx.CenterLoss(C, D, out_sharding=placed, rngs=nnx.Rngs(0))
     assert order(module.centers[...]) == (1, 0)

@@ -230,3 +230,14 @@ def test_a_subclass_with_a_variable_of_its_own_moves_its_centers(batch):
     start = module.centers[...]
     module.update_centers(x, labels)
     np.testing.assert_allclose(module.centers[...], jcl.update_centers(start, x, labels), rtol=1e-6)
+
+
+def test_no_gradient_passes_through_a_move_of_an_nnx_module(batch):
+    x, labels, where = batch
+
+    def moved(alpha):
+        module = jcl.nnx.CenterLoss(C, D, centers_as="state", rngs=nnx.Rngs(0))
+        module.update_centers(x, labels, where=where, alpha=alpha)
+        return jnp.sum(module.centers[...])
+
+    assert jax.grad(moved)(0.5) == 0

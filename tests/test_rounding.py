@@ -356,7 +356,7 @@ def test_a_state_of_another_dtype_is_refused(rng):
     # A checkpoint of before, or of after, somebody asked for half the memory.
     centers, x, labels = problem(rng)
     half, full = (jcl.row_optimizer(optax.adam(0.1), state_dtype=d) for d in (jnp.bfloat16, None))
-    words = "state holds {} where this optimizer keeps {}: make it with the `state_dtype`"
+    words = "state holds {} where this optimizer keeps {}: create the row optimizer with the `state_dtype`"
     with pytest.raises(ValueError, match=words.format("bfloat16", "float32")):
         full.update(centers, half.init(centers), x, labels)
     with pytest.raises(ValueError, match=words.format("float32", "bfloat16")):
@@ -378,7 +378,7 @@ BAD_KEYS = {
     "a number": (
         7,
         TypeError,
-        r"rounding_key must be a PRNG key, got int32 of shape \(\)\. Pass another key in",
+        r"rounding_key must be a PRNG key, got int32 of shape \(\)\. Pass a new key in",
     ),
     "a string": ("key", TypeError, "rounding_key must be a PRNG key, got str"),
     "the function": (jax.random.key, TypeError, "rounding_key must be a PRNG key, got the function key"),

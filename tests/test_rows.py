@@ -119,7 +119,7 @@ BATCHES = {
 )
 def test_equals_the_dense_optimizer_with_absent_rows_frozen(rng, name, kind, monkeypatch):
     if kind == "blocks":  # Of seven classes, as a large batch has blocks of many.
-        monkeypatch.setattr(_directions, "_BLOCK_NUMBERS", 7 * D)
+        monkeypatch.setattr(_directions, "_BLOCK_ENTRIES", 7 * D)
     tx, (classes, num, every) = ACCEPTED[name], BATCHES[kind]
     centers = rng.normal(size=(classes, D)).astype(np.float32)
     data = list(batches(rng, classes, num, 5, every=every))
@@ -186,7 +186,7 @@ def test_a_state_of_something_else_is_refused(other):
         "none": lambda: None,
         "swapped": lambda: centers,
     }[other]()
-    with pytest.raises(ValueError, match=r"state is not of this optimizer and centers \(3, 2\): expected"):
+    with pytest.raises(ValueError, match=r"state does not belong to this .* and centers \(3, 2\): expected"):
         rows.update(centers, state, jnp.ones((1, 2)), jnp.array([0]))
 
 

@@ -64,10 +64,10 @@ def test_no_device_holds_more_than_its_share_of_the_work(mesh):
 def test_what_does_not_fit_is_refused(mesh):
     init = partial(jcl.init_centers, jax.random.key(0))
     with pytest.raises(
-        ValueError, match=r"num_classes=1001 does not divide into 8 shards.*Round it up to 1008"
+        ValueError, match=r"num_classes=1001 is not divisible by the 8 shards.*Round it up to 1008"
     ):
         init(1001, D, out_sharding=NamedSharding(mesh, SPEC))
-    with pytest.raises(ValueError, match=r"feat_dim=7 does not divide into 2 shards.*Round it up to 8"):
+    with pytest.raises(ValueError, match=r"feat_dim=7 is not divisible by the 2 shards.*Round it up to 8"):
         init(C, 7, out_sharding=NamedSharding(mesh, P(None, "data")))
     with pytest.raises(ValueError, match=r"needs a mesh: make the centers under `jax.set_mesh"):
         init(C, D, out_sharding=SPEC)

@@ -247,7 +247,7 @@ def test_only_a_cpu_searches_in_a_loop_and_only_many_classes(classes):
 def test_more_classes_than_indices_are_refused():
     shape = jax.ShapeDtypeStruct
     table, x, labels = shape((2**31 - 2, 1), jnp.float16), shape((6, 1), jnp.float16), shape((6,), jnp.int32)
-    with pytest.raises(ValueError, match=r"at most 2\*\*31 together, got 2,147,483,652"):
+    with pytest.raises(ValueError, match=r"at most 2\*\*31, got 2,147,483,652"):
         jax.eval_shape(jcl.update_centers, table, x, labels)
 
 
