@@ -189,3 +189,24 @@ def test_the_citation_is_that_of_the_readme():
     assert cited["license"] == PYPROJECT["project"]["license"]
     assert cited["abstract"].strip().rstrip(".") == PYPROJECT["project"]["description"]
     assert cited["url"] == PYPROJECT["project"]["urls"]["Documentation"]
+
+
+def test_imports_point_down_the_table_of_modules():
+    text = (
+        (ROOT / "CONTRIBUTING.md")
+        .read_text(encoding="utf-8")
+        .split("## Where things are")[1]
+        .split("\n## ")[0]
+    )
+    rows = [
+        re.findall(r"`(\w+)`", line.split("|")[1]) for line in text.splitlines() if line.startswith("| `")
+    ]
+    place = {module: i for i, row in enumerate(rows) for module in row}
+    folder = Path(jax_centerloss.__file__).parent
+    assert place.keys() == {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    for module, own in place.items():
+        source = (folder / f"{module}.py").read_text(encoding="utf-8")
+        imported = re.findall(r"^from jax_centerloss\.(\w+) import", source, re.MULTILINE)
+        for names in re.findall(r"^from jax_centerloss import (\([^)]*\)|.*)$", source, re.MULTILINE):
+            imported += re.findall(r"\w+", names)
+        assert all(place[name] >= own for name in imported), module
