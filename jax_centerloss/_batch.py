@@ -140,8 +140,8 @@ def flatten_and_replicate(
 ) -> tuple[jax.Array, ...]:
     """Flattens the sample axes of a batch, gathers it over `axis_name`, and replicates it on the mesh.
 
-    If the mesh is unknown, only labels and mask are replicated. That is enough, since a scatter at
-    replicated indices has a replicated result.
+    If the mesh is unknown, only labels and mask are replicated. XLA then replicates the values itself,
+    since the result of a scatter at replicated indices is replicated.
     """
     arrays, ndim = (labels, used, *values), labels.ndim
     if axis_name is not None:

@@ -56,6 +56,8 @@ class Directions(NamedTuple):
     """How the centers of a batch's classes move.
 
     The direction of class `classes[s]` is `scale[s]` times the sum of `weighted_difference` over its samples.
+    Under `"gradient"` samples outside of the clip are left out of that sum. In slots without a class the sums
+    of a GPU have no meaning.
     """
 
     classes: jax.Array  # (S,), distinct except for `NO_CLASS`, in slots that move no center.

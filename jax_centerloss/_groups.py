@@ -55,8 +55,8 @@ def group_on_gpu(labels: jax.Array, used: jax.Array, num_classes: int) -> tuple[
     are distinct except for `NO_CLASS`, where the sums have no meaning.
 
     If C <= 128 and C <= N are known, S = C, and the sum of a class without samples is 0. Otherwise S = N: a
-    class and its sum stand at the position of its last used sample if C <= 128 is known, and else at that of
-    its first sample in sorted order.
+    class and its sum stand at the position of its last used sample if C <= 128 is known, and else at the
+    index, in the sorted batch, at which the run of the class begins.
     """
     if _known_at_most(num_classes, _FEW_CLASSES):
         slots = assign_slots_on(labels, used, num_classes, platform="gpu")

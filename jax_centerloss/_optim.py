@@ -220,7 +220,7 @@ def _is_variable(node: Any) -> bool:
 
 
 def _content(node: Any) -> Any:
-    """The value in a Variable, an array or a `MaskedNode`. Any other node is returned as it is."""
+    """The value of a Variable, which is an array or a `MaskedNode`. Any other node is returned as it is."""
     return jax.tree.leaves(node, is_leaf=lambda inner: inner is not node)[0] if _is_variable(node) else node
 
 

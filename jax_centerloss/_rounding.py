@@ -62,10 +62,10 @@ def _mix(word: jax.Array) -> jax.Array:
 def _round_stochastically(x: jax.Array, words: jax.Array, dtype: Any) -> jax.Array:
     """Rounds float32 `x` to one of its two neighbours in `dtype`, so that the mean of the result is `x`.
 
-    With `u` uniform in [0, 1), a magnitude of `q` units in the last place is rounded to `floor(q + u)`, whose
-    mean is `q`. Here `q` and `u` are integers, in units of 2**-dropped of the last place (2**-fraction for
-    subnormal numbers), so that their sum is exact. Numbers between the largest one of `dtype` and the next
-    power of two become the largest one.
+    With `u` uniform in [0, 1), a magnitude of `q` units in the last place is rounded to `floor(q + u)`,
+    whose mean is `q`. In the code `q` and `u` are integers that count the `2**dropped`-th part of a unit
+    (for subnormal numbers the `2**fraction`-th), so that their sum is exact. Numbers between the largest
+    one of `dtype` and the next power of two become the largest one.
     """
     half, single = jnp.finfo(dtype), jnp.finfo(jnp.float32)
     x = _placement.call_for_platform(_barrier_on_cpu, x)

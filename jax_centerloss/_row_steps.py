@@ -79,7 +79,10 @@ def with_tables_of(tx: optax.GradientTransformation, state: Any, other: Any) -> 
 
 
 def tables_of(tx: optax.GradientTransformation, state: Any) -> list[jax.Array]:
-    """The tables of the state. If `tx` is row-separable, each has an entry for every row of the centers."""
+    """The tables of the state.
+
+    If `tx` is row-separable (see `_separability`), each has an entry for every row of the centers.
+    """
     marks, leaves = jax.tree.leaves(_table_mask(tx, state)), jax.tree.leaves(state)
     return [leaf for is_table, leaf in zip(marks, leaves, strict=True) if is_table]
 

@@ -85,7 +85,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
 
     Raises:
       TypeError: if `tx` is not an optax transformation, or holds traced values.
-      ValueError: if the step of a row depends on other rows, or on an unsupported `state_dtype`; on `update`,
+      ValueError: if the step of a row depends on other rows, or `state_dtype` is not supported; on `update`,
         if `state` does not belong to this optimizer and these centers, if its dtype needs a `rounding_key`,
         and what `update_centers` raises.
 

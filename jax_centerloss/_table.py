@@ -104,8 +104,9 @@ def evenly_spaced_rows(centers: jax.Array, most: int) -> tuple[jax.Array, jax.Ar
 def gather_class_rows(table: ArrayLike, classes: jax.Array) -> jax.Array:
     """The rows of `classes`, and zeros for a class `>= C`. No class may be negative.
 
-    Indices are clipped, since `checkify.index_checks` reports an index out of bounds even with `mode="fill"`.
-    It does report the indices that sums by slot, `set_rows` and `add_to_rows` drop.
+    Indices are clipped, since `checkify.index_checks` reports an index out of bounds even with
+    `mode="fill"`. Where an index is dropped (in sums by slot, `set_rows` and `add_to_rows`), it still
+    reports one.
     """
     table = jnp.asarray(table)
     rows = table.at[jnp.clip(classes, 0, table.shape[0] - 1)].get(mode="promise_in_bounds")

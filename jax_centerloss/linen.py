@@ -38,7 +38,8 @@ class CenterLoss(nn.Module):
 
     Raises:
       ValueError: if a size is below 1, an option unknown, or `alpha` no scalar; in a call, if centers that
-        are state have another size (of parameters Flax raises), and what `jax_centerloss.center_loss` raises.
+        are state have another size (for parameters Flax raises its own error), and what
+        `jax_centerloss.center_loss` raises.
       TypeError: if a size is not an integer, `param_dtype` is not floating point, `centers_init` is not a
         function, or `alpha` is not a real number.
 

@@ -20,7 +20,7 @@ _EAGER_SHARDING = hasattr(nnx, "use_eager_sharding")  # Flax 0.12 renamed metada
 
 
 class Centers(nnx.Variable[jax.Array]):
-    """The type of centers that are state, moved by `update_centers` or a row optimizer, as no `nnx.Param`."""
+    """The type of centers that are state. An optimizer of `nnx.Param`s leaves them alone."""
 
 
 def _sharding_metadata(out_sharding: OutSharding | None) -> dict[str, Any]:
