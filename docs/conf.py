@@ -137,7 +137,6 @@ def as_rst(app, what, name, obj, options, lines):
             line = line[:indent] + ("- " if starts else "  ") + line[indent:]
         if not line.lstrip().startswith((">>>", "...")):
             line = re.sub(r"(?<![`:])`([^`]+)`(?!`)", lambda found: linked(app, found[1], name), line)
-            line = re.sub(r": ([A-Z])\.$", r": *\1*.", line)  # Else a list that begins at that letter.
         lines[i] = line
 
 

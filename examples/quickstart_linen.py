@@ -23,7 +23,7 @@ EPOCHS, BATCH_SIZE, LAM = 60, 64, 0.1  # LAM is the weight of the center loss.
 
 class Model(nn.Module):
     @nn.compact
-    def __call__(self, images, labels):
+    def __call__(self, images, labels):  # Where there are no labels, pass -1.
         x = nn.Dense(2)(nn.relu(nn.Dense(128)(nn.relu(nn.Dense(128)(images)))))
         center_loss = jax_centerloss.linen.CenterLoss(10, 2, name="center_loss")(x, labels)
         return x, nn.Dense(10, use_bias=False)(x), center_loss
@@ -57,7 +57,7 @@ def main(argv=None):
             state, loss = train_step(state, images[batch], labels[batch])
         bar.set_postfix(loss=f"{loss:.3f}")
 
-    x, logits, _ = model.apply({"params": state.params}, test_images, test_labels)  # Without labels: -1.
+    x, logits, _ = model.apply({"params": state.params}, test_images, test_labels)
     print(f"test accuracy: {(logits.argmax(-1) == test_labels).mean():.1%}")
     centers = state.params["center_loss"]
     metrics = jax_centerloss.center_metrics(centers, x, test_labels)

@@ -117,8 +117,8 @@ def directions_of(
     within_clip = None
     if rule == "gradient" and clip is not None:  # Beyond the clamp, the gradient of the loss is zero.
         within_clip = (distance >= clip[0]) & (distance <= clip[1])
-    sum_by_class = _sum_on_gpu if platform == "gpu" else _sum_by_scattering
-    classes, counts, sum_slots = sum_by_class(samples, num_classes, platform, counted, within_clip)
+    sum_by_class = _sum_on_gpu if platform == "gpu" else partial(_sum_by_scattering, platform=platform)
+    classes, counts, sum_slots = sum_by_class(samples, num_classes, counted, within_clip)
     denominator = jnp.ones((), dtype) if summed else _reduce.mean_denominator(used, weights, None, dtype)
     # `ready` enters the indices, so that the write of the centers waits for `after`.
     moves = (counts != 0) & ready
@@ -143,7 +143,7 @@ _Sums = tuple[jax.Array, jax.Array, Callable[[ArrayLike, int], jax.Array]]
 
 
 def _sum_by_scattering(
-    samples: Samples, num_classes: int, platform: str, counted: jax.Array, within_clip: jax.Array | None
+    samples: Samples, num_classes: int, counted: jax.Array, within_clip: jax.Array | None, *, platform: str
 ) -> _Sums:
     """Scatter-adds: the class of each slot, the sum of `counted` in it, and `Directions.sum_slots`."""
     slots = _groups.assign_slots_on(samples.labels, samples.used, num_classes, platform)
@@ -158,10 +158,9 @@ def _sum_by_scattering(
 
 
 def _sum_on_gpu(
-    samples: Samples, num_classes: int, platform: str, counted: jax.Array, within_clip: jax.Array | None
+    samples: Samples, num_classes: int, counted: jax.Array, within_clip: jax.Array | None
 ) -> _Sums:
     """Sums without atomic adds: the class of each slot, its sum of `counted`, and `Directions.sum_slots`."""
-    del platform
     classes, sum_by_class = _groups.group_on_gpu(samples.labels, samples.used, num_classes)
     # The barrier keeps the differences in memory. Without it XLA would compute them again after the write to
     # the table, for which it would copy the old table.

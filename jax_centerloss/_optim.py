@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -122,7 +123,7 @@ def with_center_optimizer(
 
 def _as_weight(weight: Any) -> jax.Array:
     lam = _checks.as_scalar("weight", weight, "Pass λ as a number, or as an optax schedule that returns one.")
-    if _checks.is_concrete(lam) and not lam >= 0:
+    if _checks.is_concrete(lam) and not np.asarray(lam) >= 0:  # By NumPy, since `jit` would trace it.
         raise ValueError(f"weight must not be negative or NaN, got {float(lam):g}.")
     return lam
 

@@ -18,7 +18,7 @@ class CenterLoss(nn.Module):
     `jax_centerloss.update_centers`, `distance_map` and `nearest_center`.
 
     Attributes:
-      num_classes: C.
+      num_classes: C, the number of classes.
       feat_dim: D, the size of a feature vector.
       clip: see `jax_centerloss.center_loss`.
       reduce_fn: see `jax_centerloss.center_loss`.

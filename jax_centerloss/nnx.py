@@ -20,7 +20,7 @@ _EAGER_SHARDING = hasattr(nnx, "use_eager_sharding")  # Flax 0.12 renamed metada
 
 
 class Centers(nnx.Variable[jax.Array]):
-    """The type of centers that are state. An optimizer of `nnx.Param`s leaves them alone."""
+    """The type of centers that are state. An optimizer of parameters, `nnx.Param`, leaves them alone."""
 
 
 def _sharding_metadata(out_sharding: OutSharding | None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class CenterLoss(nnx.Module):
     and `nearest_center`, and so can its `nnx.state`.
 
     Args:
-      num_classes: C.
+      num_classes: C, the number of classes.
       feat_dim: D, the size of a feature vector.
       clip: see `jax_centerloss.center_loss`.
       reduce_fn: see `jax_centerloss.center_loss`.

@@ -39,8 +39,8 @@ def fences(text, kinds):
 
 
 def form(output):
-    """What was printed, without its numbers."""
-    return re.sub(r"-?\d+(\.\d+)?", "#", output).strip()
+    """What was printed, without its numbers but with their signs."""
+    return re.sub(r"\d+(\.\d+)?", "#", output).strip()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -50,7 +50,7 @@ def test_a_page_runs(page, capsys):
     shown = [*fences(text, "python|text"), ("", "")]
     # A block that is not at the margin would be left out.
     assert text.count("```python\n") == sum(kind == "python" for kind, _ in shown)
-    space = {}
+    space, checked = {}, 0
     for (kind, block), (next_kind, next_block) in itertools.pairwise(shown):
         if kind != "python":
             continue
@@ -62,25 +62,29 @@ def test_a_page_runs(page, capsys):
         if printed.splitlines() != said:
             assert next_kind == "text", printed
             assert form(printed) == form(next_block)
-        check(space)
+        checked += bool(check(space))
+    assert checked > 0 or page.stem not in CHECKS
 
 
 def it_is_accurate(space):
-    if "accuracy" in space:
-        assert space.pop("accuracy") > 0.95
+    if "accuracy" not in space:
+        return False
+    assert space.pop("accuracy") > 0.95
+    return True
 
 
 def it_has_learned(space):
     """After a training, the page's table of a good run describes it."""
-    if "accuracy" in space:
-        it_is_accurate(space)
-        metrics = space.pop("metrics")
-        assert metrics["classes_seen"] == 10
-        assert 0 < metrics["own_distance"] < metrics["gap"]
-        assert metrics["own_distance"] / 30 < metrics["moved"] < metrics["own_distance"]
+    if not it_is_accurate(space):
+        return False
+    metrics = space.pop("metrics")
+    assert metrics["classes_seen"] == 10
+    assert 0 < metrics["own_distance"] < metrics["gap"]
+    assert metrics["own_distance"] / 30 < metrics["moved"] < metrics["own_distance"]
+    return True
 
 
-# What is asserted of a page's names, after each of its blocks.
+# What is asserted of a page's names, after each of its blocks that trains.
 CHECKS = {"getting_started": it_has_learned, "coming_from": it_is_accurate}
 
 

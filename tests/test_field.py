@@ -207,6 +207,18 @@ def test_a_lambda_that_is_no_number_is_refused(weight, error, words):
         jcl.with_center_optimizer(optax.sgd(0.1), weight=weight)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("kind", [float, np.float32, jnp.float32, "schedule"])
+def test_a_lambda_of_any_type_is_divided_out(kind, jit):
+    lam = jnp.float32(0.5)
+    weight = (lambda step: lam) if kind == "schedule" else kind(0.5)
+    params, gradient = {"centers": jnp.zeros((3, 2))}, {"centers": jnp.ones((3, 2))}
+    tx = jcl.with_center_optimizer(optax.sgd(0.1), optax.sgd(1.0), weight=weight)
+    update = jax.jit(tx.update) if jit else tx.update
+    updates, _ = update(gradient, tx.init(params), params)
+    np.testing.assert_array_equal(updates["centers"], np.full((3, 2), -2.0))
+
+
 def test_a_schedule_of_lambda_that_turns_negative_is_refused_where_its_value_is_known():
     params = {"centers": jnp.ones((3, 2))}
     tx = jcl.with_center_optimizer(optax.sgd(0.1), weight=lambda step: 0.1 - 0.2 * step.astype(jnp.float32))

@@ -79,6 +79,21 @@ def test_every_guarantee_names_tests_that_exist():
             assert f"def {name}(" in sources, name
 
 
+def test_the_speeds_are_those_of_the_page_on_speed():
+    def rows(text, heading):
+        lines = text.split(f"## {heading}\n")[1].split("\n## ")[0].splitlines()
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+
+    heads, *cells = rows((DOCS / "speed.md").read_text(encoding="utf-8"), "Against the number of classes")
+    places = [heads.index(name) for name in ("paper", "sparse SGD", "dense SGD", "reference")]
+    measured = [
+        [row[2], *(f"{float(row[i]):.2f}" if row[i] else "" for i in places)]
+        for row in cells
+        if row[:2] == ["1024", "128"]
+    ]
+    assert rows(README.read_text(encoding="utf-8"), "Speed")[1:] == measured
+
+
 def test_training_step(rng):
     text = block("train_step")
     space = run(text)

@@ -17,6 +17,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 NEEDED = ["sphinx", "myst_nb", "sphinx_book_theme", "sphinx_copybutton", "sphinx_design", "latex2mathml"]
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
+if MISSING and os.environ.get("CENTERLOSS_REQUIRE_SITE"):
+    raise ImportError(f"CENTERLOSS_REQUIRE_SITE is set, but there is no {', '.join(MISSING)}")
 needs_sphinx = pytest.mark.skipif(
     bool(MISSING), reason=f"the site needs the extra docs: there is no {', '.join(MISSING)}"
 )

@@ -167,9 +167,18 @@ def test_balanced_weights_give_the_mean_of_class_means(page, draw):
     of_classes = [own(centers, x[labels == j], labels[labels == j]).mean() for j in classes]
     np.testing.assert_allclose(found, np.mean(of_classes), rtol=1e-12)
     expected = centers.copy()
-    for j in classes:  # One sample's worth of pull a class: sum(w) = 1.
-        expected[j] -= 0.5 * (centers[j] - x[labels == j].mean(0)) / 2
+    share = np.sum(labels >= 0) / len(classes)  # The weights of each class sum to it.
+    for j in classes:
+        expected[j] -= 0.5 * share * (centers[j] - x[labels == j].mean(0)) / (1 + share)
     np.testing.assert_allclose(moved, expected, rtol=1e-12)
+
+
+def test_balanced_weights_of_a_large_training_set_do_not_slow_centers(page, rng):
+    of_training = np.repeat(np.arange(CLASSES), 1000)
+    labels = rng.integers(0, CLASSES, 200)
+    weights = page["balanced_weights"](of_training, CLASSES)[labels]
+    np.testing.assert_allclose(weights, 1.0, rtol=1e-6)
+    assert page["balanced_weights"]([0, 0, 0, 2], 3).tolist() == [pytest.approx(2 / 3), 2.0, 2.0]
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one t", "a t for each sample"])
