@@ -15,9 +15,11 @@ def keep_freed_memory() -> None:
     """
     if sys.platform == "linux":
         glibc = ctypes.CDLL(None)
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-        if not (glibc.mallopt(trim_threshold, 2**31 - 1) and glibc.mallopt(mmap_max, 0)):
-            raise RuntimeError("mallopt failed.")
+        # M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of malloc.h. A second arena would give back a heap that
+        # is empty, whatever the threshold is.
+        for parameter, value in ((-1, 2**31 - 1), (-4, 0), (-8, 1)):
+            if not glibc.mallopt(parameter, value):
+                raise RuntimeError(f"mallopt({parameter}, {value}) failed.")
 
 
 def alternate(calls: list[Callable[[], object]], seconds: float) -> list[float]:
