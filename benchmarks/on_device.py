@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from steps import BY_HAND, HALF, QUICK, SCATTER, STEPS, dense, program
+from steps import HALF, PLAIN, QUICK, SCATTER, STEPS, dense, program
 from timing import alternate
 
 import jax_centerloss as jcl
@@ -94,7 +94,7 @@ def main() -> None:
     if args.large:
         large(*map(int, args.large.split(",")), args.seconds)
         return
-    names = (BY_HAND, *STEPS)
+    names = (*PLAIN, *STEPS)
     print("Microseconds of a step.\n")
     print("| N | D | C | " + " | ".join(names) + " |\n" + "|--:" * (3 + len(names)) + "|")
     cells = [tuple(map(int, cell.split(","))) for cell in args.cells.split()] if args.cells else QUICK

@@ -10,7 +10,7 @@ import optax
 from flax import linen, nnx
 
 import jax_centerloss as jcl
-from jax_centerloss._options import RULES
+from jax_centerloss._checks import RULES
 
 CELLS = [(n, d, c) for n in (128, 1024, 8192) for d in (2, 128, 512) for c in (10, 1_000, 1_000_000)]
 QUICK = [(1024, 128, 10), (1024, 128, 1_000), (1024, 128, 1_000_000)]
@@ -33,13 +33,39 @@ def by_rows(optimizer, held, x, labels, key=None):
     return optimizer.update(*held, x, labels, after=loss, rounding_key=key), loss, gradient
 
 
-def by_hand(centers, x, labels):
-    """The paper's rule as it is commonly written: two sums by class through `.at[].add`."""
-    loss, gradient = loss_and_gradient(centers, x, labels)
-    difference = centers[labels] - x
-    counts = jnp.zeros(len(centers)).at[labels].add(1)
-    moved = centers.at[labels].add(-0.5 * difference / (1 + counts[labels])[:, None])
-    return moved, loss, gradient
+def plain_loss(x, rows):
+    return jnp.mean(jnp.sum((x - rows) ** 2, axis=-1))
+
+
+def plain_rule(rule, centers, x, labels):
+    """A step by rule as a JAX user would write it: no masks, no checks, nothing of this library."""
+    loss, gradient = jax.value_and_grad(plain_loss)(x, centers[labels])
+    difference = x - centers[labels]
+    if rule == "paper":
+        counts = jnp.zeros(len(centers)).at[labels].add(1)[labels]
+        step = 0.5 * difference / (1 + counts)[:, None]
+    else:
+        step = 0.5 * 2 / len(x) * difference
+    return centers.at[labels].add(step), loss, gradient
+
+
+def plain_adam(held, x, labels):
+    """Adam by rows in the same way: the moments of the batch's classes are read, updated and written."""
+    centers, (count, mean, square) = held
+    loss, gradient = jax.value_and_grad(plain_loss)(x, centers[labels])
+    classes, slots = jnp.unique(labels, return_inverse=True, size=len(x), fill_value=len(centers))
+    sums = jax.ops.segment_sum(-gradient, slots, len(x))
+    count = count + 1
+    means = 0.9 * mean[classes] + 0.1 * sums
+    squares = 0.999 * square[classes] + 0.001 * sums**2
+    step = -0.1 * (means / (1 - 0.9**count)) / (jnp.sqrt(squares / (1 - 0.999**count)) + 1e-8)
+    moved = centers.at[classes].add(step, mode="drop")
+    moments = mean.at[classes].set(means, mode="drop"), square.at[classes].set(squares, mode="drop")
+    return (moved, (count, *moments)), loss, gradient
+
+
+def plain_state(centers):
+    return jnp.zeros((), jnp.int32), jnp.zeros_like(centers), jnp.zeros_like(centers)
 
 
 def dense(centers, x, labels):
@@ -125,8 +151,10 @@ def program(name: str, n: int, d: int, c: int) -> tuple[Callable[..., Any], Any]
     x, labels = shape((n, d), jnp.float32), shape((n,), jnp.int32)
     if name == SCATTER:
         return scatter_add, (table, x, labels)
-    if name == BY_HAND:
-        return by_hand, (table, x, labels)
+    if name in PLAIN_RULES:
+        return partial(plain_rule, PLAIN_RULES[name]), (table, x, labels)
+    if name == PLAIN_ADAM:
+        return plain_adam, ((table, jax.eval_shape(plain_state, table)), x, labels)
     if name in RULES:
         return partial(by_rule, name), (table, x, labels)
     half, key = shape((c, d), jnp.bfloat16), shape((2,), jnp.uint32)
@@ -144,7 +172,10 @@ def program(name: str, n: int, d: int, c: int) -> tuple[Callable[..., Any], Any]
     return (dense, (table, x, labels)) if name == "dense gradient" else (jcl.nearest_center, (table, x))
 
 
-SCATTER, BY_HAND = "`.at[].add`", "paper, by `.at[].add`"
+SCATTER = "`.at[].add`"
+PLAIN_RULES = {"plain paper": "paper", "plain gradient": "gradient"}
+PLAIN_ADAM = "plain Adam"
+PLAIN = (*PLAIN_RULES, PLAIN_ADAM)  # By hand, for a device at hand.
 HALF, ROUNDED, HALF_ROWS = "bfloat16, paper", "bfloat16, paper, with a key", "bfloat16, row Adam, with a key"
 IN_HALF = (HALF, ROUNDED, HALF_ROWS)
 STEPS = (SCATTER, *RULES, "row Adam", "dense gradient", "nearest_center", "NNX", "Linen", *IN_HALF)

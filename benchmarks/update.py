@@ -2,6 +2,7 @@
 
 python benchmarks/update.py                   # every cell: prints the table, draws update.png, speed.png
 python benchmarks/update.py --quick --check   # a few cells; fails where a target is missed
+python benchmarks/update.py --plain --check   # beside plain JAX by hand only, in cells of everyday sizes
 
 Needs torch and matplotlib. On a GPU the peers run there too (`--device cuda`).
 """
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import steps
 import torch
 from torch.nn import functional
 
@@ -38,15 +40,29 @@ QUICK = [
     (8192, 128, 100_000),
     (1024, 512, 100_000),
 ]
+# From digits over person re-identification, text lines and faces to a million classes.
+PLAIN_CELLS = [
+    (128, 128, 10),
+    (64, 2048, 751),
+    (1024, 128, 1_000),
+    (1600, 96, 6_625),
+    (256, 512, 85_742),
+    (1024, 128, 1_000_000),
+    (8192, 128, 100_000),
+]
 Cell = tuple[int, int, int]  # N, D, C.
 Step = Callable[[int], Any]  # Takes a step on the label set of that number and returns what to wait for.
 
 OURS = ["paper", "gradient", "row Adam"]
+BY_HAND = {"paper": "plain paper", "gradient": "plain gradient", "row Adam": "plain Adam"}  # In JAX.
 AUTOGRAD = ["reference", "dense SGD", "sparse SGD", "SparseAdam"]  # Torch's.
 STYLES = {
     "paper": ("tab:blue", "-"),
     "gradient": ("tab:cyan", "-"),
     "row Adam": ("tab:purple", "-"),
+    "plain paper": ("tab:blue", "-."),
+    "plain gradient": ("tab:cyan", "-."),
+    "plain Adam": ("tab:purple", "-."),
     "jax dense": ("tab:green", "--"),
     "reference": ("tab:red", "--"),
     "dense SGD": ("tab:orange", "--"),
@@ -174,9 +190,22 @@ class Bench:
 
             return prepare
 
+        def by_hand(rule: str) -> Callable[..., Any]:
+            def step(centers: Any, state: Any, y: Any) -> Any:
+                moved, *rest = steps.plain_rule(rule, centers, x, y)
+                return moved, state, *rest
+
+            return step
+
+        def adam_by_hand(centers: Any, state: Any, y: Any) -> Any:
+            held, *rest = steps.plain_adam((centers, state), x, y)
+            return *held, *rest
+
         for rule in ("paper", "gradient"):
             yield rule, 0, prepared(by_rule(rule), lambda _: ())
+            yield f"plain {rule}", 0, prepared(by_hand(rule), lambda _: ())
         yield "row Adam", 2 * size, prepared(by_rows, adam.init)
+        yield "plain Adam", 2 * size, prepared(adam_by_hand, steps.plain_state)
         yield "jax dense", 2 * size, prepared(dense, sgd.init)
 
     def floors(self) -> Iterator[tuple[str, float, Callable[[], Step]]]:
@@ -213,12 +242,13 @@ class Bench:
     def run(self, memory: float, seconds: float, skip: set[str]) -> dict[str, float]:
         """Median seconds of a step, over blocks of steps that the peers take in turn."""
         budget = memory - 2 * self.table.nbytes
-        steps: dict[str, Step] = {}
+        prepared: dict[str, Step] = {}
         for name, extra, prepare in itertools.chain(self.jax_peers(), self.torch_peers(), self.floors()):
             if name not in skip and extra <= budget:
-                steps[name] = prepare()
-                budget -= extra if name in ("SparseAdam", "row Adam") else 0  # Held from step to step.
-        times: dict[str, list[float]] = {name: [] for name in steps}
+                prepared[name] = prepare()
+                # Held from step to step.
+                budget -= extra if name in ("SparseAdam", "row Adam", "plain Adam") else 0
+        times: dict[str, list[float]] = {name: [] for name in prepared}
         order = itertools.cycle(range(LABEL_SETS))
 
         def block(step: Step, number: int) -> float:
@@ -230,10 +260,10 @@ class Bench:
                 torch.cuda.synchronize()
             return (time.perf_counter() - start) / number
 
-        slow = {name for name, step in steps.items() if (block(step, 1), block(step, 1))[1] > 0.3}
+        slow = {name for name, step in prepared.items() if (block(step, 1), block(step, 1))[1] > 0.3}
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(times["copy"]) < 5:
-            for name, step in steps.items():
+            for name, step in prepared.items():
                 if name in slow:
                     if len(times[name]) < 3:
                         times[name].append(block(step, 1))
@@ -327,6 +357,16 @@ def report(results: dict[Cell, dict[str, float]]) -> list[str]:
         if not good:
             missed.append(text)
 
+    for cell, times in results.items():
+        for rule in ("paper", "gradient"):
+            plain = times[BY_HAND[rule]]
+            if cell in PLAIN_CELLS:
+                # A step of some microseconds is dearer for each small operation that a promise needs.
+                most = 1.2 if plain < 30e-6 else 1.1
+                text = f"{rule}: ours / plain JAX at N={cell[0]} D={cell[1]} C={cell[2]}"
+                check(text, times[rule] / plain, most, at_least=False)
+    if not any(name in times for times in results.values() for name in AUTOGRAD):
+        return missed
     for rule in ("gradient", "paper"):
         ratios = {
             cell: min(times[name] for name in AUTOGRAD if name in times) / times[rule]
@@ -383,6 +423,7 @@ def main() -> int:
         "--device", default="cpu", help="where torch runs: cpu or cuda; JAX runs on its default"
     )
     parser.add_argument("--quick", action="store_true", help="a few cells only")
+    parser.add_argument("--plain", action="store_true", help="beside plain JAX only, in other cells")
     parser.add_argument("--cells", type=str, help="only these, as N,D,C N,D,C ...")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
     parser.add_argument(
@@ -393,7 +434,7 @@ def main() -> int:
         "--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)"
     )
     args = parser.parse_args()
-    cells = QUICK if args.quick else CELLS
+    cells = QUICK if args.quick else PLAIN_CELLS if args.plain else CELLS
     if args.cells:
         cells = [tuple(map(int, cell.split(","))) for cell in args.cells.split()]
     print(
@@ -408,6 +449,8 @@ def main() -> int:
             continue
         # The reference takes seconds a step there; it is measured where a target asks for it.
         skip = {"reference"} if n * c > 2e8 else set()
+        if args.plain:
+            skip = set(STYLES) - {*OURS, *BY_HAND.values(), "copy"}
         times = Bench((n, d, c), args.device).run(args.memory * 2**30, args.seconds, skip)
         results[n, d, c] = times
         shown = (f"{times[name] * 1e3:.3f}" if name in times else "" for name in STYLES)

@@ -147,13 +147,13 @@ def compactness(
     first, second = np.triu_indices(len(means), k=1)
     between = np.linalg.norm(means[first] - means[second], axis=-1).mean()
     metrics = {
+        **jax_centerloss.center_metrics(centers, x_test, y_test, previous=previous),
         "accuracy": 100 * np.mean(predicted == y_test),
         "nearest_mean": 100 * np.mean(nearest == y_test),
         "own_median": np.median(own),
         "own_mean": own.mean(),
         "between": between,
-        "ratio": np.median(own) / between,
-        **jax_centerloss.center_metrics(centers, x_test, y_test, previous=previous),
+        "ratio": np.median(own) / between,  # Of class means, which softmax alone has too.
     }
     return {name: float(metrics[name]) for name in COMPACTNESS}, means
 

@@ -1,6 +1,7 @@
 """Center loss for JAX, with the values of the PyTorch module github.com/KaiyangZhou/pytorch-center-loss.
 
-The cost of `center_loss`, `update_centers` and a `row_optimizer` does not grow with the number of classes.
+The loss, and with donated centers `update_centers` and a `row_optimizer`, read and write only the rows of the
+batch's classes.
 """
 
 import importlib
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from jax_centerloss._check_batch import check_batch as check_batch
 from jax_centerloss._distances import distance_map as distance_map
 from jax_centerloss._distances import nearest_center as nearest_center
+from jax_centerloss._init import init_centers as init_centers
 from jax_centerloss._loss import center_loss as center_loss
-from jax_centerloss._loss import init_centers as init_centers
 from jax_centerloss._means import init_from_features as init_from_features
 from jax_centerloss._metrics import center_metrics as center_metrics
 from jax_centerloss._update import update_centers as update_centers
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from jax_centerloss import nnx as nnx
     from jax_centerloss._optim import with_center_optimizer as with_center_optimizer
     from jax_centerloss._plot import plot as plot
-    from jax_centerloss._rows import row_optimizer as row_optimizer
+    from jax_centerloss._row_optimizer import row_optimizer as row_optimizer
     from jax_centerloss._torch import from_torch as from_torch
     from jax_centerloss._torch import to_torch as to_torch
 
@@ -32,7 +33,7 @@ _LAZY = {
     "linen": "linen",
     "nnx": "nnx",
     "plot": "_plot",
-    "row_optimizer": "_rows",
+    "row_optimizer": "_row_optimizer",
     "to_torch": "_torch",
     "with_center_optimizer": "_optim",
 }

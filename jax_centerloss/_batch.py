@@ -1,30 +1,43 @@
-"""The arguments of a batch: checked, brought to one form, and all-gathered from the devices that split it."""
+"""The arguments of a batch, checked and brought to one form."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import AbstractMesh
 from jax.typing import ArrayLike
 
-from jax_centerloss import _checks, _placement
-from jax_centerloss._options import AxisName
+from jax_centerloss import _checks
+from jax_centerloss._rows import placement
 
 
-def as_features(x: ArrayLike, centers: jax.Array) -> jax.Array:
+class Names(NamedTuple):
+    """What the arguments of a batch are called in errors."""
+
+    x: str = "x"
+    labels: str = "labels"
+    label: str = "label"
+    advice: str = "Pass the features `(..., D)` alone, not a tuple of all outputs of the model."
+
+
+FEATURES = Names()
+GRADIENTS = Names("gradients", "rows", "row", "Pass the gradients `(..., D)`, one for each index in `rows`.")
+
+
+def as_features(x: ArrayLike, centers: jax.Array, names: Names = FEATURES) -> jax.Array:
     """`x` as an array `(..., D)` of floats, with the D of the centers."""
-    advice = "Pass the features `(..., D)` alone, not a tuple of all outputs of the model."
+    advice = names.advice
     if not jax.tree_util.all_leaves([x]) and len(jax.tree.leaves(x)) == 1:
-        advice += " If you passed the centers as x: the order is (params, x), or (params, x, labels)."
-    x = _checks.as_array("x", x, advice)
-    advice = "Cast it first: `x.astype(jnp.float32)`. Labels come after it: (params, x, labels)."
-    _checks.check_floating(x.dtype, "x", advice)
+        advice += (
+            f" If you passed the centers as {names.x}: the order is (params, x), or (params, x, labels)."
+        )
+    x = _checks.as_array(names.x, x, advice)
+    advice = f"Cast it first: `{names.x}.astype(jnp.float32)`. Labels come after it: (params, x, labels)."
+    _checks.check_floating(x.dtype, names.x, advice)
     if x.ndim == 0 or x.shape[-1] != centers.shape[-1]:
         raise ValueError(
-            f"x must have shape (..., D) with D = {centers.shape[-1]}, the feature size of the centers "
-            f"{centers.shape}, got shape {x.shape}."
+            f"{names.x} must have shape (..., D) with D = {centers.shape[-1]}, the feature size of the "
+            f"centers {centers.shape}, got shape {x.shape}."
         )
     return x
 
@@ -44,10 +57,11 @@ def as_batch(
     where: ArrayLike | None,
     weights: ArrayLike | None,
     centers: jax.Array,
+    names: Names = FEATURES,
 ) -> Batch:
     """Checks the arguments of a batch and brings them to one form."""
-    x = as_features(x, centers)
-    indices = _as_class_indices(labels, x)
+    x = as_features(x, centers, names)
+    indices = _as_class_indices(labels, x, names)
     used = indices >= 0
     if where is not None:
         mask = _checks.as_array("where", where, "Pass booleans, one for each label.")
@@ -56,9 +70,9 @@ def as_batch(
                 f"where must be boolean, got {mask.dtype.name}. Compare first, for example `where=mask > 0`; "
                 "weights go into `weights`."
             )
-        used = used & _as_per_sample("where", mask, x)
+        used = used & _as_per_sample("where", mask, x, names)
     numbers = None if weights is None else as_weights(weights, x)
-    _check_concrete_values(labels, where, weights, centers.shape[0])
+    _check_concrete_values(labels, where, weights, centers.shape[0], names)
     if numbers is None:
         return Batch(x, indices, used, None)
     # NumPy constants: `jax_debug_nans` would report a NaN made by JAX, even if no weight is negative.
@@ -66,25 +80,27 @@ def as_batch(
     return Batch(x, indices, used, jnp.where(used, numbers, np.zeros((), numbers.dtype)))
 
 
-def _as_class_indices(labels: ArrayLike, x: jax.Array) -> jax.Array:
+def _as_class_indices(labels: ArrayLike, x: jax.Array, names: Names) -> jax.Array:
     advice = "Pass integer classes: `np.unique(names, return_inverse=True)[1]` converts names."
-    classes = _checks.as_array("labels", labels, advice)
+    classes = _checks.as_array(names.labels, labels, advice)
     if not jnp.issubdtype(classes.dtype, jnp.integer):
         advice = (
-            "Cast them: `labels.astype(int)`. A mask of samples goes into `where`, weights into `weights`."
+            f"Cast them: `{names.labels}.astype(int)`. A mask of samples goes into `where`, weights into "
+            "`weights`."
             if classes.shape == x.shape[:-1]
-            else "One-hot or soft labels become class indices with `jnp.argmax(labels, -1)`."
+            else f"One-hot or soft labels become class indices with `jnp.argmax({names.labels}, -1)`."
         )
-        raise TypeError(f"labels must be integers, got {classes.dtype.name}. {advice}")
+        raise TypeError(f"{names.labels} must be integers, got {classes.dtype.name}. {advice}")
     if classes.shape != x.shape[:-1]:
         raise ValueError(
-            f"labels must have the leading dimensions of x, got labels {classes.shape} and x {x.shape}: "
-            f"expected labels {x.shape[:-1]}. One-hot labels become class indices with "
-            "`jnp.argmax(labels, -1)`, a column of labels with `labels[:, 0]`."
+            f"{names.labels} must have the leading dimensions of {names.x}, got {names.labels} "
+            f"{classes.shape} and {names.x} {x.shape}: expected {names.labels} {x.shape[:-1]}. One-hot "
+            f"labels become class indices with `jnp.argmax({names.labels}, -1)`, a column of labels with "
+            f"`{names.labels}[:, 0]`."
         )
     if classes.dtype.itemsize < 4:  # 8 and 16 bits may not hold the number of classes.
         classes = classes.astype(jnp.int32)
-    return _placement.reshard_like_samples(classes, x)
+    return placement.reshard_like_samples(classes, x)
 
 
 def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
@@ -95,22 +111,26 @@ def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
     if not (jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)):
         raise TypeError(f"weights must be real numbers, got {given.dtype.name}. A mask goes into `where`.")
     dtype = jnp.float64 if given.dtype == jnp.float64 else jnp.float32
-    return _as_per_sample("weights", given, x).astype(dtype)
+    return _as_per_sample("weights", given, x, FEATURES).astype(dtype)
 
 
-def _as_per_sample(name: str, array: jax.Array, x: jax.Array) -> jax.Array:
+def _as_per_sample(name: str, array: jax.Array, x: jax.Array, names: Names) -> jax.Array:
     """Returns `array` sharded like `x`, and raises unless it has one entry per sample."""
     if array.shape != x.shape[:-1]:
         advice = " If these are weights of classes, pass `weights[labels]`." if name == "weights" else ""
-        raise ValueError(f"{name} must have the shape of labels {x.shape[:-1]}, got {array.shape}.{advice}")
-    return _placement.reshard_like_samples(array, x)
+        raise ValueError(
+            f"{name} must have the shape of {names.labels} {x.shape[:-1]}, got {array.shape}.{advice}"
+        )
+    return placement.reshard_like_samples(array, x)
 
 
-def _check_concrete_values(labels: ArrayLike, where: Any, weights: Any, num_classes: int) -> None:
+def _check_concrete_values(
+    labels: ArrayLike, where: Any, weights: Any, num_classes: int, names: Names
+) -> None:
     """Raises on a label `>= C` and on a negative weight, unless one of the arrays is traced.
 
-    A masked sample may have any label and weight, a sample with a negative label any weight, and a sample of
-    weight 0 any label.
+    Labels and masks that are on a device are copied to the host for that. Not checked are samples that
+    `where` excludes, weights of samples with a negative label, and labels of samples of weight 0.
     """
     if not (_checks.is_concrete(labels) and _checks.is_concrete(where)):
         return
@@ -130,35 +150,6 @@ def _check_concrete_values(labels: ArrayLike, where: Any, weights: Any, num_clas
     outside = (values >= num_classes) & used
     if outside.any():
         raise ValueError(
-            f"label {values[outside].flat[0]} is out of range for {num_classes} classes: labels go from 0 "
-            f"to {num_classes - 1}; negative ones are ignored."
+            f"{names.label} {values[outside].flat[0]} is out of range for {num_classes} classes: "
+            f"{names.labels} go from 0 to {num_classes - 1}; negative ones are ignored."
         )
-
-
-def flatten_and_replicate(
-    axis_name: AxisName, mesh: AbstractMesh | None, labels: jax.Array, used: jax.Array, *values: jax.Array
-) -> tuple[jax.Array, ...]:
-    """Flattens the sample axes of a batch, gathers it over `axis_name`, and replicates it on the mesh.
-
-    If the mesh is unknown, only labels and mask are replicated. XLA then replicates the values itself,
-    since the result of a scatter at replicated indices is replicated.
-    """
-    arrays, ndim = (labels, used, *values), labels.ndim
-    if axis_name is not None:
-        arrays, ndim = tuple(_all_gather(a, axis_name) for a in arrays), ndim + 1
-    labels, used, *values_ = (a.reshape(-1, *a.shape[ndim:]) for a in arrays)
-    if mesh is not None:
-        values_ = [_placement.replicate(a, mesh) for a in values_]
-    return _placement.replicate(labels, mesh), _placement.replicate(used, mesh), *values_
-
-
-def _all_gather(a: jax.Array, axis_name: AxisName) -> jax.Array:
-    """`lax.all_gather`, written as a `psum` of disjoint parts.
-
-    Centers have to be replicated if their `out_specs` do not name the axis. `shard_map` knows that the result
-    of a `psum` is replicated, but not that the result of `lax.all_gather` is.
-    """
-    dtype = jnp.int32 if a.dtype == jnp.bool_ else a.dtype
-    parts = jnp.zeros((lax.psum(1, axis_name), *a.shape), dtype)
-    gathered: jax.Array = lax.psum(parts.at[lax.axis_index(axis_name)].set(a.astype(dtype)), axis_name)
-    return gathered.astype(a.dtype)

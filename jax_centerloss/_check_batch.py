@@ -8,7 +8,8 @@ import numpy as np
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from jax_centerloss import _batch, _checks, _table
+from jax_centerloss import _batch, _checks
+from jax_centerloss._rows import table
 
 
 def check_batch(
@@ -25,9 +26,12 @@ def check_batch(
     NaN or infinite, and centers of their classes that are NaN or infinite. Outside of `jit` it raises. Under
     `checkify`, or Flax's `nnx.checkify` around an NNX step, it adds to the error that checkify returns.
     Inside plain `jit` it does nothing. It reads O(N·D) numbers, and does not find a distance that overflows
-    float32. JAX drops all checks inside a `scan` that is differentiated as a whole: differentiate inside of
-    the `scan`. checkify can't return a check from a `shard_map` over Explicit axes. Use its default,
-    `errors=checkify.user_checks`: `index_checks` would report indices that an update drops on purpose.
+    float32. Checkify has three limits:
+
+    - JAX drops all checks inside a `scan` that is differentiated as a whole: differentiate inside of the
+      `scan`.
+    - It can't return a check from a `shard_map` over Explicit axes.
+    - `errors=checkify.index_checks` reports indices that an update drops on purpose: use the default.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
@@ -80,11 +84,11 @@ def _find_faults(centers: jax.Array, batch: _batch.Batch, weights: jax.Array | N
     if weights is not None:
         used = used & (weights != 0)
         message = "the weight of a used sample, of class {label}, is {value}"
-        faults.append(_fault(message, labels, used & (weights < 0), weights, negative=True))
+        faults.append(_fault(message, labels, used & (weights < 0), weights))
         faults.append(_fault(message, labels, used & jnp.logical_not(jnp.isfinite(weights)), weights))
-    rows, in_range = _table.gather_label_rows(centers, labels, x)
+    rows, in_range = table.gather_label_rows(centers, labels, x)
     message = f"label {{label}} is out of range for {centers.shape[0]} classes"
-    faults.append(_fault(message, labels, used & (labels >= centers.shape[0]), labels))
+    faults.append(_fault(message, labels, used & (labels >= centers.shape[0]), jnp.zeros_like(used)))
     message = "a feature of a used sample, of class {label}, is {value}"
     faults.append(_fault(message, labels, used[..., None] & jnp.logical_not(jnp.isfinite(x)), x))
     message = "the center of class {label}, of a used sample, holds {value}"
@@ -92,25 +96,19 @@ def _find_faults(centers: jax.Array, batch: _batch.Batch, weights: jax.Array | N
     return [*faults, _fault(message, labels, broken, rows)]
 
 
-def _fault(
-    message: str, labels: jax.Array, bad: jax.Array, values: jax.Array, negative: bool = False
-) -> Fault:
+def _fault(message: str, labels: jax.Array, bad: jax.Array, values: jax.Array) -> Fault:
     """The fault where `bad` is True, with the greatest label that has it as the example.
 
-    The example is then the same on every platform. Its value is the lowest weight of that label if weights
-    are `negative`, else the first of NaN, infinity and minus infinity that the label has. The message on a
-    label out of range shows no value.
+    Its value is NaN if a bad value of that label is NaN, else infinity if one is, else the lowest one. So the
+    example is the same on every platform.
     """
-    of_sample = bad if bad.ndim == labels.ndim else jnp.any(bad, axis=-1)
+    per_value = bad.ndim > labels.ndim
+    of_sample = jnp.any(bad, axis=-1) if per_value else bad
     label = jnp.max(jnp.where(of_sample, labels, jnp.zeros((), labels.dtype)), initial=0)
     same = labels == label
-    shown = bad & (same if bad.ndim == labels.ndim else same[..., None])
+    shown = bad & (same[..., None] if per_value else same)
     values = values.astype(jnp.float32)
-    if negative:
-        value = jnp.min(jnp.where(shown, values, np.zeros((), np.float32)), initial=0)
-    else:
-        nan, infinite = jnp.any(shown & jnp.isnan(values)), jnp.any(shown & (values == jnp.inf))
-        value = jnp.where(
-            nan, np.float32(np.nan), jnp.where(infinite, np.float32(np.inf), np.float32(-np.inf))
-        )
+    value = jnp.min(jnp.where(shown, values, np.float32(np.inf)), initial=np.inf)
+    value = jnp.where(jnp.any(shown & (values == jnp.inf)), np.float32(np.inf), value)
+    value = jnp.where(jnp.any(shown & jnp.isnan(values)), np.float32(np.nan), value)
     return Fault(message, jnp.any(bad), label, value)

@@ -1,16 +1,27 @@
-"""Checks of array arguments, at trace time: under `jit` they cost nothing when the program runs.
+"""What is accepted, and the words of each error.
 
-A "table" is an array with one row for each class: the `(C, D)` centers, or a leaf of an optimizer's state.
+Checks run at trace time: under `jit` they cost nothing when the program runs. A "table" is an array with one
+row for each class: the `(C, D)` centers, or a leaf of an optimizer's state.
 """
 
 import inspect
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
+
+Clip = tuple[float, float] | None
+ReduceFn = Callable[..., Any] | None
+
+# The bounds of a squared distance in the PyTorch module github.com/KaiyangZhou/pytorch-center-loss.
+CLIP = (1e-12, 1e12)
+RULES = ("paper", "gradient", "mean")  # The rules of `update_centers`.
+CENTERS_AS = ("param", "state")  # What the centers of a Flax module are.
+FLOAT_ADVICE = "Centers are floating point: use jnp.float32 or jnp.bfloat16, for example."
 
 
 def as_array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.Array:
@@ -46,7 +57,7 @@ def as_arrays(name: str, tree: Any, advice: str) -> Any:
 
 
 def as_after(after: Any) -> Any:
-    """Checks `after`, the values that must be computed before the centers are overwritten."""
+    """`after`, the values that the program computes from the old centers: see `update_centers`."""
     return as_arrays("after", after, "Pass the loss, or a tree of what is computed from the centers.")
 
 
@@ -102,8 +113,13 @@ def is_concrete(value: ArrayLike | None) -> bool:
     return all(leaf.is_fully_addressable for leaf in leaves if isinstance(leaf, jax.Array))
 
 
-def as_scalar(name: str, value: Any, advice: str | None = None) -> jax.Array:
-    """Returns `value` as a scalar array, and raises unless it is one real number."""
+def as_scalar(name: str, value: Any, advice: str | None = None) -> float | jax.Array:
+    """Returns a Python float or a scalar array, and raises unless `value` is one real number.
+
+    Of a plain number no array is made, since that would start JAX's backend, which constructors must not do.
+    """
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        return float(value)
     advice = advice or f"Pass a number. If it is a schedule, pass its value: `{name}=schedule(step)`."
     number = as_array(name, value, advice, "a number")
     if number.ndim:
@@ -152,23 +168,76 @@ def as_previous_table(params: Any, previous: Any, centers: jax.Array) -> jax.Arr
     return earlier
 
 
-def check_state(state: Any, expected: Any, centers: jax.Array) -> None:
-    """Compares the state of a row optimizer with the shapes and dtypes that its `init` makes.
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
-    It can't tell optimizers apart if their states have the same structure, such as Adam and Yogi.
-    """
-    shapes = [jax.tree.map(np.shape, tree) for tree in (state, expected)]
-    structures = {jax.tree.structure(tree) for tree in (state, expected)}
-    if len(structures) > 1 or shapes[0] != shapes[1]:
+
+def as_clip(clip: Any) -> Clip:
+    if clip is None:
+        return None
+    try:
+        low, high = map(float, clip)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"clip must be None or a pair of floats (low, high), got {clip!r}.") from error
+    if not low <= high:
+        raise ValueError(f"clip must have low <= high, got {clip!r}.")
+    return low, high
+
+
+def check_reduce_fn(reduce_fn: ReduceFn) -> None:
+    if reduce_fn is not None and reduce_fn is not jnp.mean and reduce_fn is not jnp.sum:
         raise ValueError(
-            f"state does not belong to this optimizer and centers {centers.shape}: expected {shapes[1]}, got "
-            f"{shapes[0]}. Make it with this row optimizer's `init(params)`, and pass on what `update` "
-            "returns: `params, state = rows.update(params, state, x, labels)`."
+            f"reduce_fn must be jnp.mean, jnp.sum or None (per-sample losses), got {reduce_fn!r}. "
+            "For another reduction pass reduce_fn=None and reduce the per-sample losses."
         )
-    # Only the dtypes of tables are compared, since a scalar may be a Python number.
-    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
-        if np.ndim(leaf) and jax.dtypes.canonicalize_dtype(leaf.dtype) != like.dtype:
-            raise ValueError(
-                f"state holds {leaf.dtype.name} where this optimizer keeps {like.dtype.name}: create the row "
-                "optimizer with the `state_dtype` of this state, or cast the state."
-            )
+
+
+def as_shape(num_classes: int, feat_dim: int) -> tuple[int, int]:
+    """The shape of a table of centers."""
+    return _as_size("num_classes", num_classes), _as_size("feat_dim", feat_dim)
+
+
+def _as_size(name: str, value: Any) -> int:
+    try:
+        size = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer, got {value!r}.") from error
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}.")
+    return size
+
+
+def check_declared_shape(centers: jax.Array, num_classes: int, feat_dim: int) -> None:
+    if centers.shape != (num_classes, feat_dim):
+        raise ValueError(
+            f"this is CenterLoss({num_classes}, {feat_dim}), but its centers have shape {centers.shape}. "
+            "Create the module with the num_classes and feat_dim of its centers."
+        )
+
+
+def check_module(
+    num_classes: int,
+    feat_dim: int,
+    *,
+    clip: Clip,
+    reduce_fn: ReduceFn,
+    centers_as: str,
+    param_dtype: DTypeLike,
+    centers_init: Any,
+) -> None:
+    """Checks options of both Flax modules.
+
+    `out_sharding` is checked by `init_centers`, and `axis_name` by JAX.
+    """
+    as_clip(clip)
+    check_reduce_fn(reduce_fn)
+    check_choice("centers_as", centers_as, CENTERS_AS)
+    check_floating(param_dtype, "param_dtype", FLOAT_ADVICE)
+    if not callable(centers_init):
+        raise TypeError(
+            "centers_init must be a function of a key, a shape and a dtype, got "
+            f"{describe(centers_init)}. To start from existing centers, pass "
+            "`lambda key, shape, dtype: centers`."
+        )
+    as_shape(num_classes, feat_dim)

@@ -1,5 +1,6 @@
 """Distances to all centers: pure functions of the centers and the features."""
 
+import math
 from typing import Any
 
 import jax
@@ -10,10 +11,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _batch, _checks, _placement, _table
+from jax_centerloss import _batch, _checks
+from jax_centerloss._rows import placement, table
 
 _CLASS_BLOCK = 1024  # `nearest_center` scans at most this many classes at a time.
-_SAMPLED_CLASSES = 256  # The origin of features and centers is computed from at most this many centers.
+_SAMPLED_CLASSES = 32  # The origin of features and centers is one of at most this many centers.
 
 
 def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "highest") -> jax.Array:
@@ -45,7 +47,7 @@ def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "h
     """
     centers = _checks.as_table(params)
     x = _batch.as_features(x, centers)
-    distances: jax.Array = distances_to(centers, x, precision=precision)
+    distances: jax.Array = squared_distances_to(centers, x, precision=precision)
     return distances
 
 
@@ -54,19 +56,19 @@ def _map_sharding(centers: jax.Array, x: jax.Array) -> NamedSharding | None:
 
     If both are sharded over the same mesh axis, the class axis keeps it, and the samples are resharded.
     """
-    batch, table = _placement.sharding_of(x, centers), _placement.sharding_of(centers, x)
+    batch, table = placement.sharding_of(x, centers), placement.sharding_of(centers, x)
     if batch is None or table is None:
         return None
     classes = table.spec[0]
-    taken = _placement.mesh_axes(classes)
-    leading = [tuple(a for a in _placement.mesh_axes(entry) if a not in taken) for entry in batch.spec[:-1]]
+    taken = placement.mesh_axes(classes)
+    leading = [tuple(a for a in placement.mesh_axes(entry) if a not in taken) for entry in batch.spec[:-1]]
     return NamedSharding(batch.mesh, P(*leading, classes))
 
 
-@_placement.jit_on_auto_axes(_map_sharding, static_argnames="precision")
-def distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.PrecisionLike) -> jax.Array:
+@placement.jit_on_auto_axes(_map_sharding, static_argnames="precision")
+def squared_distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.PrecisionLike) -> jax.Array:
     """`distance_map` of checked arguments."""
-    origin = _robust_mean(centers, _table.compute_dtype(x, centers))
+    origin = _origin(centers, table.compute_dtype(x, centers))
     x, centers = _subtract(x, origin), _subtract(centers, origin)
     cross = jnp.einsum("...d,cd->...c", x, centers, precision=precision)
     leading = (1,) * (x.ndim - 1)
@@ -79,40 +81,26 @@ def distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.PrecisionLi
     return jnp.where(finite, distances, np.full((), np.nan, distances.dtype))
 
 
-def safe_sqrt(squared: jax.Array) -> jax.Array:
-    """The square root, with a derivative of 0 instead of infinity at 0."""
-    zero, one = np.zeros((), squared.dtype), np.ones((), squared.dtype)
-    return jnp.where(squared == 0, zero, jnp.sqrt(jnp.where(squared == 0, one, squared)))
-
-
 def _all_finite(vectors: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(vectors), axis=-1)
 
 
-def _robust_mean(centers: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """A point `(D,)` between most of the centers, which one stray center does not drag away.
+def _origin(centers: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """A center `(D,)` amid the others, which no stray center can drag away.
 
-    It is the result of five Weiszfeld iterations on up to 256 centers: a mean with the weights 1 / distance
-    from the last mean, but at most 1 / median distance, and 0 for a center that is NaN or infinite. It is 0
-    if half of these centers or more are NaN or infinite.
+    Of up to 32 centers it is the one whose median distance to the others is the least. It is 0 if half of
+    these centers or more are NaN or infinite.
     """
-    sampled = lax.stop_gradient(_table.evenly_spaced_rows(centers, _SAMPLED_CLASSES)[1]).astype(dtype)
-    mean = jnp.zeros(centers.shape[1], dtype)
-    for _ in range(5):
-        difference = sampled - mean[None]
-        distance = jnp.sqrt(jnp.sum(difference * difference, axis=-1))
-        distance = jnp.where(jnp.isfinite(distance), distance, jnp.full((), jnp.inf, dtype))
-        weights = 1 / jnp.maximum(jnp.maximum(distance, jnp.median(distance)), jnp.finfo(dtype).tiny)
-        weighted = jnp.where(weights[:, None] > 0, weights[:, None] * sampled, jnp.zeros((), dtype))
-        mean = jnp.sum(weighted, 0) / jnp.maximum(jnp.sum(weights), jnp.finfo(dtype).tiny)
-    # The mean is rounded to a multiple of a power of two, about the median distance. Subtracting it from
-    # numbers of few digits, such as integers, is then exact, and equal distances stay equal.
-    unit = jnp.ldexp(jnp.ones((), dtype), jnp.frexp(jnp.median(distance))[1])
-    rounded = jnp.round(mean / unit) * unit
-    return jnp.where(jnp.isfinite(rounded), rounded, mean)
+    sampled = lax.stop_gradient(table.evenly_spaced_rows(centers, _SAMPLED_CLASSES)[1]).astype(dtype)
+    difference = sampled[:, None] - sampled[None]
+    distance = jnp.sqrt(jnp.sum(difference * difference, axis=-1))
+    distance = jnp.where(jnp.isfinite(distance), distance, jnp.full((), jnp.inf, dtype))
+    spread = jnp.median(distance, axis=1)
+    return jnp.where(jnp.isfinite(jnp.min(spread)), sampled[jnp.argmin(spread)], jnp.zeros((), dtype))
 
 
 def _subtract(x: jax.Array, origin: jax.Array) -> jax.Array:
+    # Ranks are written out: users may set `jax_numpy_rank_promotion` to "raise".
     return x.astype(origin.dtype) - origin.reshape((1,) * (x.ndim - 1) + origin.shape)
 
 
@@ -148,22 +136,26 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
 
 @jax.jit
 def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
-    sharding, label_sharding = _map_sharding(centers, x), _placement.per_sample_sharding(x, centers)
+    sharding, label_sharding = _map_sharding(centers, x), placement.per_sample_sharding(x, centers)
     if sharding is not None:
         # If both are sharded over the same mesh axis, the samples are resharded here. XLA might otherwise
         # reshard the classes, in every block.
-        x = _placement.reshard(x, NamedSharding(sharding.mesh, P(*sharding.spec[:-1], None)))
+        x = placement.reshard(x, NamedSharding(sharding.mesh, P(*sharding.spec[:-1], None)))
     labels: jax.Array = _nearest_in_blocks(centers, x)
-    return labels if label_sharding is None else _placement.reshard(labels, label_sharding)
+    return labels if label_sharding is None else placement.reshard(labels, label_sharding)
 
 
-@_placement.jit_on_auto_axes(lambda centers, x: _placement.per_sample_sharding(x, centers))
+@placement.jit_on_auto_axes(lambda centers, x: placement.per_sample_sharding(x, centers))
 def _nearest_in_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
-    origin, finite = _robust_mean(centers, _table.compute_dtype(x, centers)), _all_finite(x)
+    finite = _all_finite(x)
+    origin = _origin(centers, table.compute_dtype(x, centers))
     x = _subtract(x, origin)
-    # A block takes the same number of classes from each stripe. A stripe is a block of classes in one shard
-    # (see `num_stripes`), so that each device scans only its own classes.
-    stripes = _placement.num_stripes(centers)
+    # A block takes the same number of classes from each stripe. Stripes are equal, contiguous blocks of
+    # classes, each in one shard, so that each device scans only its own classes. The number of shards divides
+    # C and the size of the mesh, and so divides their gcd. If the mesh is unknown, the number of devices is
+    # used: on a smaller mesh a stripe may span two shards, which costs speed.
+    mesh = placement.mesh_of(centers)
+    stripes = math.gcd(centers.shape[0], jax.device_count() if mesh is None else mesh.size)
     length = centers.shape[0] // stripes
     striped = centers.reshape(stripes, length, -1)
     block = min(length, max(1, _CLASS_BLOCK // stripes))
@@ -184,7 +176,8 @@ def _nearest_in_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
 
     shape = *x.shape[:-1], stripes
     initial = jnp.full(shape, jnp.inf, x.dtype), jnp.full(shape, -1, jnp.int32)
-    # The first block is scanned before the loop for the reason given in `_update._add_in_blocks`.
+    # The first block is scanned before the loop: `shard_map` requires that a carry varies over the same mesh
+    # axes before an iteration and after it.
     value, labels = lax.fori_loop(1, -(-length // block), scan_block, scan_block(0, initial))
     nearest = value == jnp.min(value, axis=-1, keepdims=True)
     label = jnp.min(jnp.where(nearest, labels, np.int32(centers.shape[0])), axis=-1)

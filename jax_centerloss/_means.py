@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jax_centerloss import _batch, _checks, _groups, _placement, _table
+from jax_centerloss import _batch, _checks
+from jax_centerloss._rows import groups, placement, table
 
 _NAMED = 8  # The warning lists at most this many classes.
 
@@ -71,62 +72,74 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
 
 
 class _State(NamedTuple):
-    """Running means: arrays, or their shardings."""
+    """Running means. (`_state_sharding` returns the shardings of these arrays in the same form.)"""
 
     means: Any  # (C, D)
-    remainder: Any  # (C, D), what rounding has taken from the means.
+    remainder: Any  # (C, D), the exact mean is `means + remainder`.
     counts: Any  # (C,)
 
 
 def _state_sharding(*arrays: Any) -> _State | None:
     centers, *others = jax.tree.leaves(arrays)
-    table = _placement.centers_sharding(centers, *others)
-    return None if table is None else _State(table, table, NamedSharding(table.mesh, P(table.spec[0])))
+    sharding = placement.sharding_of(centers, *others)
+    return (
+        None
+        if sharding is None
+        else _State(sharding, sharding, NamedSharding(sharding.mesh, P(sharding.spec[0])))
+    )
 
 
-@_placement.jit_on_auto_axes(_state_sharding)
+@placement.jit_on_auto_axes(_state_sharding)
 def _initial_state(centers: jax.Array) -> _State:
     # The copy can be donated. In half precision a running mean would have too few digits.
-    means = jnp.array(centers, _table.compute_dtype(centers))
+    means = jnp.array(centers, table.compute_dtype(centers))
     return _State(means, jnp.zeros_like(means), jnp.zeros(centers.shape[0], jnp.int32))
 
 
-@_placement.jit_on_auto_axes(_placement.replicated_sharding)
+@placement.jit_on_auto_axes(placement.replicated_sharding)
 def _find_unseen(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The number of classes without samples, and the first 8 of them."""
     unseen = counts == 0
     first = jnp.flatnonzero(unseen, size=_NAMED, fill_value=counts.shape[0])
-    return jnp.sum(unseen, dtype=jnp.int32), _placement.replicate(first, _placement.mesh_of(counts))
+    return jnp.sum(unseen, dtype=jnp.int32), placement.replicate(first, placement.mesh_of(counts))
 
 
-@_placement.jit_on_auto_axes(_state_sharding, donate_argnums=0)
+@placement.jit_on_auto_axes(_state_sharding, donate_argnums=0)
 def _add_batch(state: _State, batch: _batch.Batch) -> _State:
     """The running means with the samples of a batch added."""
-    means, remainder, counts = state
     x, labels, used, _ = batch
-    mesh = _placement.mesh_of(means, x, labels)
-    labels, used, x = _batch.flatten_and_replicate(None, mesh, labels, used, x)
-    x = x.astype(_table.compute_dtype(x, means))
-    slots = _groups.assign_slots(labels, used, means.shape[0])
-    new_counts = slots.num_samples()
-    classes = jnp.where(new_counts > 0, slots.classes, _groups.NO_CLASS)
-    old_counts = _table.gather_class_rows(counts, classes)
-    # The mean of a new class starts at one of its samples. Its old center may be far away, and differences
-    # from it would lose digits.
-    position = jnp.arange(labels.size, dtype=jnp.int32)
-    sample_of_slot = jnp.zeros(classes.shape, jnp.int32).at[slots.slot_of_sample].max(position, mode="drop")
-    old_means = _table.gather_class_rows(means, classes).astype(x.dtype)
-    start = jnp.where((old_counts > 0)[:, None], old_means, x[sample_of_slot])
-    sums = slots.sum(x - start.at[slots.slot_of_sample].get(mode="clip"))
-    # Compensated summation: `lost` is the rounding error of the mean that is stored in `start`.
-    lost = _table.gather_class_rows(remainder, classes).astype(x.dtype)
+    num_classes = state.means.shape[0]
+    classes = table.only_if(used & (labels < num_classes), labels.astype(jnp.int32))
+    classes, x = placement.whole_batch(None, placement.mesh_of(state.means, x, labels), classes, x)
+    x = x.astype(table.compute_dtype(x, state.means))
+    return placement.call_for_platform(_add_samples, state, classes, x)
+
+
+def _add_samples(state: _State, labels: jax.Array, x: jax.Array, *, platform: str) -> _State:
+    means, remainder, counts = state
+    batch = groups.group(labels, means.shape[0], platform)
+    new_counts = batch.sum(jnp.ones_like(labels)[:, None])[:, 0]
+    has_class = (batch.classes < means.shape[0]) & (new_counts > 0)
+    batch = batch._replace(classes=table.only_if(has_class, batch.classes))
+    old_counts = table.read(counts, batch)
     share = 1 / jnp.maximum(old_counts + new_counts, 1).astype(x.dtype)
+    # A new class starts at its mean in this batch, and not at its old center: that may be far away, and the
+    # differences of samples from it would lose digits.
+    first_means = share[:, None] * batch.sum(x)
+    is_old = (old_counts > 0)[:, None]
+    start = jnp.where(is_old, table.read(means, batch).astype(x.dtype), first_means)
+    start = jnp.where(has_class[:, None], start, jnp.zeros((), x.dtype))
+    # The transpose of the sum by class gives each sample the start of its class.
+    (start_of_sample,) = jax.linear_transpose(batch.sum, x)(start)
+    sums = batch.sum(x - start_of_sample)
+    # Compensated summation: the exact mean so far is `start + lost`.
+    lost = jnp.where(is_old, table.read(remainder, batch).astype(x.dtype), jnp.zeros((), x.dtype))
     step = lost + share[:, None] * (sums - new_counts.astype(x.dtype)[:, None] * lost)
     mean = (start + step).astype(means.dtype)
     added = mean.astype(x.dtype) - start
     new_lost = (step - added) + (start - (mean.astype(x.dtype) - added))
     return _State(
-        _table.set_rows(means, classes, mean),
-        _table.set_rows(remainder, classes, new_lost),
-        _table.add_to_rows(counts, classes, new_counts),
+        table.write(means, batch, mean),
+        table.write(remainder, batch, new_lost),
+        table.add(counts, batch, new_counts),
     )

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_centerloss import _batch, _checks, _distances, _groups, _placement, _reduce, _table
+from jax_centerloss import _batch, _checks, _distances, _reduce
 from jax_centerloss._batch import Batch
-from jax_centerloss._options import AxisName
+from jax_centerloss._rows import groups, placement, table
+from jax_centerloss._rows.placement import AxisName
 
 _SEARCHED_CLASSES = 1024  # The nearest other center is searched among at most this many classes.
 
@@ -58,6 +59,8 @@ def center_metrics(
       `"own_distance"`: the distance of a sample to the center of its class, mean over the samples;
       `"gap"`: how much farther the nearest center of another class is, mean over the samples. It is negative
       for a sample that is nearer to that center, and infinite if there is no other class;
+      `"ratio"`: the mean distance to the center of the own class over the mean distance to the nearest other
+      center. It does not depend on the scale of the features: below 1 is good, and 0 best;
       `"classes_seen"`: int32, the number of classes of the used samples;
       `"moved"`: the distance of a center to the same row of `previous`, mean over the classes of the used
       samples. Only with `previous`.
@@ -74,7 +77,7 @@ def center_metrics(
       >>> x, labels = jnp.array([[0.0, 1.0], [0.0, 3.0]]), jnp.array([0, 0])
       >>> metrics = jax_centerloss.center_metrics(centers, x, labels, previous=centers + 1.0)
       >>> {name: round(float(value), 2) for name, value in metrics.items()}
-      {'classes_seen': 1.0, 'gap': 7.27, 'moved': 1.41, 'own_distance': 2.0}
+      {'classes_seen': 1.0, 'gap': 7.27, 'moved': 1.41, 'own_distance': 2.0, 'ratio': 0.22}
     """
     centers = _checks.as_table(params)
     batch = _batch.as_batch(x, labels, where, weights, centers)
@@ -84,7 +87,7 @@ def center_metrics(
     return metrics
 
 
-@_placement.jit_on_auto_axes(_placement.replicated_sharding, static_argnames="axis_name")
+@placement.jit_on_auto_axes(placement.replicated_sharding, static_argnames="axis_name")
 def _compute_metrics(
     centers: jax.Array, batch: Batch, previous: jax.Array | None, *, axis_name: AxisName
 ) -> dict[str, jax.Array]:
@@ -93,34 +96,51 @@ def _compute_metrics(
         used = used & (weights != 0)
     # Unused features are set to 0 before any square root. Its derivative at NaN can't be masked later.
     x = jnp.where(used[..., None], x, jnp.zeros((), x.dtype))
-    rows, in_range = _table.gather_label_rows(centers, labels, x)
-    own = _distances.safe_sqrt(_reduce.squared_distance(x.astype(rows.dtype), rows, in_range, used))
+    rows, in_range = table.gather_label_rows(centers, labels, x)
+    own = _safe_sqrt(_reduce.squared_distance(x.astype(rows.dtype), rows, in_range, used))
     own = jnp.where(in_range, own, np.full((), np.nan, rows.dtype))
-    gap = _nearest_other(centers, x, labels) - own
-    metrics = {
-        "own_distance": _reduce.reduce(own, used, weights, jnp.mean, axis_name),
-        "gap": _reduce.reduce(gap, used, weights, jnp.mean, axis_name),
-    }
+    nearest = _nearest_other(centers, x, labels)
 
-    mesh = _placement.mesh_of(centers, x, labels)
-    labels, used = _batch.flatten_and_replicate(axis_name, mesh, labels, used & in_range)
-    slots = _groups.assign_slots(labels, used, centers.shape[0])
-    seen = slots.num_samples() > 0
-    metrics["classes_seen"] = _reduce.count(seen)
+    def mean(values: jax.Array) -> jax.Array:
+        return _reduce.reduce(values, used, weights, jnp.mean, axis_name)
+
+    own_distance = mean(own)
+    is_zero = own_distance == 0
+    ratio = own_distance / jnp.where(is_zero, np.ones((), own.dtype), mean(nearest))
+    metrics = {"own_distance": own_distance, "gap": mean(nearest - own), "ratio": ratio}
+
+    classes = table.only_if(used & in_range, labels.astype(jnp.int32))
+    mesh = placement.mesh_of(centers, x, labels)
+    (classes,) = placement.whole_batch(axis_name, mesh, classes)
+    return metrics | placement.call_for_platform(_compare_tables, classes, centers, previous)
+
+
+def _compare_tables(
+    labels: jax.Array, centers: jax.Array, previous: jax.Array | None, *, platform: str
+) -> dict[str, jax.Array]:
+    """The number of classes in a flat batch, and how far their centers are from `previous`."""
+    batch = groups.group(labels, centers.shape[0], platform)
+    counts = batch.sum(jnp.ones_like(labels)[:, None])[:, 0]
+    seen = (batch.classes < centers.shape[0]) & (counts > 0)
+    metrics = {"classes_seen": _reduce.count(seen)}
     if previous is not None:
-        dtype = _table.compute_dtype(centers, previous)
-        now, then = (
-            _table.gather_class_rows(table, slots.classes).astype(dtype) for table in (centers, previous)
-        )
-        moved = _distances.safe_sqrt(jnp.sum((now - then) ** 2, axis=-1))
+        dtype = table.compute_dtype(centers, previous)
+        difference = table.read(centers, batch).astype(dtype) - table.read(previous, batch).astype(dtype)
+        moved = _safe_sqrt(jnp.sum(difference * difference, axis=-1))
         metrics["moved"] = _reduce.reduce(moved, seen, None, jnp.mean, None)
     return metrics
 
 
+def _safe_sqrt(squared: jax.Array) -> jax.Array:
+    """The square root, with a derivative of 0 instead of infinity at 0."""
+    zero, one = np.zeros((), squared.dtype), np.ones((), squared.dtype)
+    return jnp.where(squared == 0, zero, jnp.sqrt(jnp.where(squared == 0, one, squared)))
+
+
 def _nearest_other(centers: jax.Array, x: jax.Array, labels: jax.Array) -> jax.Array:
     """The distance of each sample to the nearest of up to 1,024 centers of other classes."""
-    classes, rows = _table.evenly_spaced_rows(centers, _SEARCHED_CLASSES)
-    distances = _distances.safe_sqrt(_distances.distances_to(rows, x, precision="highest"))
+    classes, rows = table.evenly_spaced_rows(centers, _SEARCHED_CLASSES)
+    distances = _safe_sqrt(_distances.squared_distances_to(rows, x, precision="highest"))
     classes = classes.astype(labels.dtype).reshape((1,) * labels.ndim + (-1,))
     other = (labels[..., None] != classes) & jnp.logical_not(jnp.isnan(distances))
     return jnp.min(jnp.where(other, distances, np.full((), np.inf, distances.dtype)), axis=-1)

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jax_centerloss import _checks, _table
-from jax_centerloss._rows import check_transformation
+from jax_centerloss import _checks
+from jax_centerloss._row_optimizer import check_transformation
+from jax_centerloss._rows import table
 
 Path = tuple[str | int, ...]
 
@@ -121,7 +122,7 @@ def with_center_optimizer(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _as_weight(weight: Any) -> jax.Array:
+def _as_weight(weight: Any) -> float | jax.Array:
     lam = _checks.as_scalar("weight", weight, "Pass λ as a number, or as an optax schedule that returns one.")
     if _checks.is_concrete(lam) and not np.asarray(lam) >= 0:  # By NumPy, since `jit` would trace it.
         raise ValueError(f"weight must not be negative or NaN, got {float(lam):g}.")
@@ -140,12 +141,12 @@ def _divide_out(
     def update(
         updates: Any, state: DividedState, params: Any = None, **extra: Any
     ) -> tuple[Any, DividedState]:
-        lam = _as_weight(weight(state.step) if callable(weight) else weight)
+        lam = jnp.asarray(_as_weight(weight(state.step) if callable(weight) else weight))
         is_zero = lam == 0
 
         def divide(gradient: jax.Array) -> jax.Array:
             # In float32, since float16 holds a small `lam` with few digits, or as 0.
-            wide = gradient.astype(_table.compute_dtype(gradient))
+            wide = gradient.astype(table.compute_dtype(gradient))
             quotient = wide / jnp.where(is_zero, jnp.ones((), wide.dtype), lam.astype(wide.dtype))
             return quotient.astype(gradient.dtype)
 

@@ -1,13 +1,17 @@
 """The squared distance of a sample to its center, and sums and means over the samples of a batch."""
 
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 
-from jax_centerloss._options import AxisName, ReduceFn
+from jax_centerloss._checks import ReduceFn
+from jax_centerloss._rows import placement
+from jax_centerloss._rows.placement import AxisName
+
+T = TypeVar("T")
 
 
 @jax.custom_jvp
@@ -16,8 +20,8 @@ def squared_distance(x: jax.Array, rows: jax.Array, in_range: jax.Array, used: j
 
     The masks `in_range (...)` and `used (...)` affect only the derivative, `2 (x - row) · (dx - drow)`. In it
     the differences of unused samples are set to 0 before they are multiplied, since 0 * NaN is NaN. A label
-    out of range gives no gradient to a center. Without this custom JVP the difference would have to be masked
-    before it is squared, and XLA would compute `x - rows` several times.
+    out of range gives no gradient to a center. A `jnp.where` before the square would give the same
+    derivative, but XLA would then compute `x - rows` several times.
     """
     del in_range, used
     difference = x - rows
@@ -39,33 +43,62 @@ def count(used: jax.Array, axis_name: AxisName = None) -> jax.Array:
     return _psum(jnp.sum(used, dtype=jnp.int32), axis_name)
 
 
-def mean_denominator(
-    used: jax.Array, weights: jax.Array | None, axis_name: AxisName, dtype: DTypeLike
-) -> jax.Array:
-    """The denominator of a mean: the number of used samples, or the sum of their weights. If that is 0, 1."""
-    if weights is None:
-        return jnp.maximum(count(used, axis_name), 1).astype(dtype)
-    total = _psum(jnp.sum(jnp.where(used, weights.astype(dtype), jnp.zeros((), dtype))), axis_name)
-    return jnp.where(total == 0, jnp.ones((), dtype), total)
-
-
 def reduce(
-    values: jax.Array, used: jax.Array, weights: jax.Array | None, reduce_fn: ReduceFn, axis_name: AxisName
+    values: jax.Array,
+    used: jax.Array,
+    weights: jax.Array | None,
+    reduce_fn: ReduceFn,
+    axis_name: AxisName,
+    counted: jax.Array | None = None,
 ) -> jax.Array:
     """The weighted values of samples, 0 for unused ones, or their sum or mean on all devices.
 
-    Values are masked before they are weighted: 0 * NaN would reach the gradient of the weights.
+    If the mean is over fewer samples than are summed, `counted` says which.
     """
-    values = jnp.where(used, values, jnp.zeros((), values.dtype))
-    if weights is not None:
-        values = values * weights.astype(values.dtype)
     if reduce_fn is None:
-        return values
+        return _weighted(values, used, weights)
     if reduce_fn is jnp.sum:
-        return _psum(jnp.sum(values), axis_name)
-    denominator = mean_denominator(used, weights, axis_name, values.dtype)
-    return _psum(jnp.sum(values), axis_name) / denominator
+        return _psum(jnp.sum(_weighted(values, used, weights)), axis_name)
+    total, number = total_and_number(values, used, weights, axis_name, counted)
+    return total / number
 
 
-def _psum(total: jax.Array, axis_name: AxisName) -> jax.Array:
-    return total if axis_name is None else lax.psum(total, axis_name)
+def total_and_number(
+    values: jax.Array,
+    used: jax.Array,
+    weights: jax.Array | None,
+    axis_name: AxisName,
+    counted: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Both parts of a mean: the weighted sum, and the number of samples or the sum of weights (if 0, 1)."""
+    values = _weighted(values, used, weights)
+    ones = (used if counted is None else counted).astype(values.dtype)
+    numbers = ones if weights is None else _weighted(ones, used, weights)
+    if weights is None:
+        numbers = lax.stop_gradient(numbers)
+    total, number = _psum(_sum_both(values, numbers), axis_name)
+    return total, jnp.where(number == 0, jnp.ones((), number.dtype), number)
+
+
+@partial(jax.jit, inline=True)
+def _sum_both(values: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return placement.call_for_platform(_sum_both_on, values, numbers)
+
+
+def _sum_both_on(values: jax.Array, numbers: jax.Array, *, platform: str) -> tuple[jax.Array, jax.Array]:
+    if platform != "cpu":
+        return jnp.sum(values), jnp.sum(numbers)
+    # In one reduction. On a CPU each one takes three kernels, and a step has few others.
+    both = jnp.sum(jnp.stack([values, numbers], axis=-1), axis=tuple(range(values.ndim)))
+    return both[0], both[1]
+
+
+def _weighted(values: jax.Array, used: jax.Array, weights: jax.Array | None) -> jax.Array:
+    # Values are masked before they are weighted: 0 * NaN would reach the gradient of the weights.
+    values = jnp.where(used, values, jnp.zeros((), values.dtype))
+    return values if weights is None else values * weights.astype(values.dtype)
+
+
+def _psum(totals: T, axis_name: AxisName) -> T:
+    result: T = totals if axis_name is None else lax.psum(totals, axis_name)
+    return result

@@ -4,14 +4,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
-from jax_centerloss import _batch, _checks, _directions, _options, _placement, _rounding, _table
+from jax_centerloss import _batch, _checks, _rules
 from jax_centerloss._batch import Batch
-from jax_centerloss._directions import Directions, Samples
-from jax_centerloss._options import AxisName, Clip, ReduceFn
+from jax_centerloss._rows import moves, placement, rounding
+from jax_centerloss._rows.placement import AxisName
+from jax_centerloss._rules import Rule
 
 
 def update_centers(
@@ -87,104 +86,24 @@ def update_centers(
       Wen et al, A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016
       (https://doi.org/10.1007/978-3-319-46478-7_31).
     """
-    return update_by_rule(
-        params,
-        x,
-        labels,
-        alpha=alpha,
-        rule=rule,
-        where=where,
-        weights=weights,
-        axis_name=axis_name,
-        after=after,
-        rounding_key=rounding_key,
-        clip=_options.CLIP,
-        reduce_fn=jnp.mean,
-        differentiable=True,
-    )
-
-
-def update_by_rule(
-    params: Any,
-    x: ArrayLike,
-    labels: ArrayLike,
-    *,
-    alpha: float | jax.Array,
-    rule: str,
-    where: ArrayLike | None,
-    weights: ArrayLike | None,
-    axis_name: AxisName,
-    after: Any,
-    rounding_key: jax.Array | None,
-    clip: Clip,
-    reduce_fn: ReduceFn,
-    differentiable: bool = False,
-) -> Any:
-    """Checks the arguments of `update_centers`, and moves the centers.
-
-    The rule `"gradient"` takes the gradient of a loss with this `clip`: of the sum if `reduce_fn` is
-    `jnp.sum`, else of the mean. Unless it is `differentiable`, no gradient passes through the result.
-    """
     centers = _checks.as_table(params)
     batch = _batch.as_batch(x, labels, where, weights, centers)
-    _options.check_choice("rule", rule, _options.RULES)
-    rate = _checks.as_scalar("alpha", alpha)
-    after = _checks.as_after(after)
-    seed = _rounding.seed_of(_checks.as_key("rounding_key", rounding_key), centers)
-    if not differentiable:
-        centers, batch, rate, after = lax.stop_gradient((centers, batch, rate, after))
-    options = {"rule": rule, "clip": _options.as_clip(clip), "summed": reduce_fn is jnp.sum}
-    new_centers = _update_checked(centers, batch, rate, after, seed, axis_name=axis_name, **options)
-    return jax.tree.unflatten(jax.tree.structure(params), [new_centers])
+    moved = move(centers, batch, _rules.as_rule(rule, alpha), axis_name, after, rounding_key)
+    return jax.tree.unflatten(jax.tree.structure(params), [moved])
 
 
-@_placement.jit_on_auto_axes(
-    _placement.centers_sharding, static_argnames=("rule", "axis_name", "clip", "summed")
-)
-def _update_checked(
-    centers: jax.Array,
-    batch: Batch,
-    alpha: jax.Array,
-    after: Any,
-    seed: jax.Array | None,
-    *,
-    axis_name: AxisName,
-    **options: Any,
+def move(
+    centers: jax.Array, batch: Batch, rule: Rule, axis_name: AxisName, after: Any, rounding_key: Any
 ) -> jax.Array:
-    samples = _directions.compare_with_centers(centers, batch, after, axis_name)
-    update = partial(_update_on_platform, **options)
-    new_centers: jax.Array = _placement.call_for_platform(update, centers, samples, alpha, seed)
-    return new_centers
+    """`update_centers` of a checked batch by a checked rule."""
+    seed = rounding.seed_of(_checks.as_key("rounding_key", rounding_key), centers)
+    return _move_jitted(centers, batch, rule, _checks.as_after(after), seed, axis_name=axis_name)
 
 
-def _update_on_platform(
-    centers: jax.Array,
-    samples: Samples,
-    alpha: jax.Array,
-    seed: jax.Array | None,
-    *,
-    platform: str,
-    **options: Any,
+@placement.jit_on_auto_axes(placement.sharding_of, static_argnames="axis_name")
+def _move_jitted(
+    centers: jax.Array, batch: Batch, rule: Rule, after: Any, seed: jax.Array | None, *, axis_name: AxisName
 ) -> jax.Array:
-    directions = _directions.directions_of(samples, centers.shape[0], platform=platform, **options)
-    directions = directions._replace(scale=alpha.astype(directions.scale.dtype) * directions.scale)
-    size = directions.block_size() if platform == "cpu" else None
-    if size is not None:
-        new_centers: jax.Array = _add_in_blocks(centers, directions, seed, size=size)
-        return new_centers
-    return _table.add_to_rows(centers, directions.classes, directions.all_slots(), seed)
-
-
-def _add_in_blocks(
-    centers: jax.Array, directions: Directions, seed: jax.Array | None, *, size: int
-) -> jax.Array:
-    """Adds the directions to the centers in blocks of `size` slots: their sums fit the cache of a CPU."""
-    num_blocks, block = directions.blocks(size)
-
-    def add(i: ArrayLike, centers: jax.Array) -> jax.Array:
-        return _table.add_to_rows(centers, *block(i), seed)
-
-    # The first block is added before the loop: `shard_map` requires that a carry varies over the same mesh
-    # axes before an iteration and after it.
-    new_centers: jax.Array = lax.fori_loop(1, num_blocks, add, add(0, centers))
-    return new_centers
+    samples, scale = _rules.samples_and_scale(centers, batch, rule, after, axis_name)
+    add = partial(moves.add_sums, by_count=scale.by_count)
+    return placement.call_for_platform(add, centers, samples, scale, seed)

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 from jax.nn.initializers import normal
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _checks, _loss, _options, _update
-from jax_centerloss._options import AxisName, Clip, ReduceFn
-from jax_centerloss._placement import OutSharding
+from jax_centerloss import _batch, _checks, _init, _loss, _rules, _update
+from jax_centerloss._checks import Clip, ReduceFn
+from jax_centerloss._init import OutSharding
+from jax_centerloss._rows.placement import AxisName
 
 
 class CenterLoss(nn.Module):
@@ -59,7 +61,7 @@ class CenterLoss(nn.Module):
 
     num_classes: int
     feat_dim: int
-    clip: Clip = _options.CLIP
+    clip: Clip = _checks.CLIP
     reduce_fn: ReduceFn = jnp.mean
     axis_name: AxisName = None
     param_dtype: DTypeLike = jnp.float32
@@ -70,7 +72,7 @@ class CenterLoss(nn.Module):
     rule: str = "paper"
 
     def __post_init__(self) -> None:
-        _options.check_module(
+        _checks.check_module(
             self.num_classes,
             self.feat_dim,
             clip=self.clip,
@@ -79,7 +81,7 @@ class CenterLoss(nn.Module):
             param_dtype=self.param_dtype,
             centers_init=self.centers_init,
         )
-        _options.check_choice("rule", self.rule, _options.RULES)
+        _checks.check_choice("rule", self.rule, _checks.RULES)
         _checks.as_scalar("alpha", self.alpha)
         super().__post_init__()
 
@@ -95,7 +97,7 @@ class CenterLoss(nn.Module):
         """The loss: see `jax_centerloss.center_loss`. Centers that are mutable state are moved."""
 
         def draw(key: jax.Array) -> jax.Array:
-            drawn = _loss.init_centers(
+            drawn = _init.init_centers(
                 key,
                 self.num_classes,
                 self.feat_dim,
@@ -110,7 +112,7 @@ class CenterLoss(nn.Module):
         else:
             state = self.variable("centers", "centers", lambda: draw(self.make_rng("params")))
             centers = state.value
-        _options.check_declared_shape(_checks.as_table(centers), self.num_classes, self.feat_dim)
+        _checks.check_declared_shape(_checks.as_table(centers), self.num_classes, self.feat_dim)
         axis_name = None if self.is_initializing() else self.axis_name
         loss = _loss.center_loss(
             centers,
@@ -124,18 +126,11 @@ class CenterLoss(nn.Module):
         )
         is_training = self.is_mutable_collection("centers") and not self.is_initializing()
         if self.centers_as == "state" and is_training:
-            state.value = _update.update_by_rule(
-                centers,
-                x,
-                labels,
-                alpha=self.alpha,
-                rule=self.rule,
-                where=where,
-                weights=weights,
-                axis_name=axis_name,
-                after=loss,
-                rounding_key=self.make_rng("rounding") if self.has_rng("rounding") else None,
-                clip=self.clip,
-                reduce_fn=self.reduce_fn,
-            )
+            table = _checks.as_table(centers)
+            batch = _batch.as_batch(x, labels, where, weights, table)
+            rule = _rules.as_rule(self.rule, self.alpha, self.clip, self.reduce_fn)
+            key = self.make_rng("rounding") if self.has_rng("rounding") else None
+            table, batch, rule, after = lax.stop_gradient((table, batch, rule, loss))
+            moved = _update.move(table, batch, rule, axis_name, after, key)
+            state.value = jax.tree.unflatten(jax.tree.structure(centers), [moved])
         return loss

@@ -6,15 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.experimental.layout import Format
 from jax.nn.initializers import normal
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _checks, _loss, _options, _update
+from jax_centerloss import _batch, _checks, _init, _loss, _rules, _update
+from jax_centerloss._checks import Clip, ReduceFn
+from jax_centerloss._init import OutSharding
 from jax_centerloss._optim import OWNER
-from jax_centerloss._options import AxisName, Clip, ReduceFn
-from jax_centerloss._placement import OutSharding
+from jax_centerloss._rows.placement import AxisName
 
 _EAGER_SHARDING = hasattr(nnx, "use_eager_sharding")  # Flax 0.12 renamed metadata and places by itself.
 
@@ -88,7 +90,7 @@ class CenterLoss(nnx.Module):
         num_classes: int,
         feat_dim: int,
         *,
-        clip: Clip = _options.CLIP,
+        clip: Clip = _checks.CLIP,
         reduce_fn: ReduceFn = jnp.mean,
         axis_name: AxisName = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -97,7 +99,7 @@ class CenterLoss(nnx.Module):
         out_sharding: OutSharding | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        _options.check_module(
+        _checks.check_module(
             num_classes,
             feat_dim,
             clip=clip,
@@ -106,11 +108,11 @@ class CenterLoss(nnx.Module):
             param_dtype=param_dtype,
             centers_init=centers_init,
         )
-        self.num_classes, self.feat_dim = _options.as_shape(num_classes, feat_dim)
+        self.num_classes, self.feat_dim = _checks.as_shape(num_classes, feat_dim)
         self.clip = clip
         self.reduce_fn = reduce_fn
         self.axis_name = axis_name
-        drawn = _loss.init_centers(
+        drawn = _init.init_centers(
             rngs.params(),
             num_classes,
             feat_dim,
@@ -130,7 +132,8 @@ class CenterLoss(nnx.Module):
         """Writes an array that is assigned to `centers` into their Variable.
 
         Flax would replace the Variable by the array, which is neither a parameter nor state, so that nothing
-        would move it. A Variable of another CenterLoss takes its place: the modules then share their centers.
+        would move it. Assigning the Variable of another CenterLoss replaces this one, so that both share
+        their centers.
         """
         variable = vars(self).get("centers") if name == "centers" else None
         if isinstance(variable, nnx.Variable) and not _is_of_center_loss(value, type(variable)):
@@ -142,7 +145,7 @@ class CenterLoss(nnx.Module):
         """Writes a table into the Variable of the centers, whose dtype and sharding it gets."""
         new = _checks.as_table(value, "centers")
         old = jax.tree.leaves(self.centers)[0]
-        _options.check_declared_shape(new, *old.shape)
+        _checks.check_declared_shape(new, *old.shape)
         new = new.astype(old.dtype)
         if isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer):
             new = jax.device_put(new, old.sharding)
@@ -158,7 +161,7 @@ class CenterLoss(nnx.Module):
     ) -> jax.Array:
         """The loss of features `(..., D)` with integer labels `(...)`: see `jax_centerloss.center_loss`."""
         centers = _checks.as_table(self.centers)
-        _options.check_declared_shape(centers, self.num_classes, self.feat_dim)
+        _checks.check_declared_shape(centers, self.num_classes, self.feat_dim)
         return _loss.center_loss(
             centers,
             x,
@@ -182,31 +185,21 @@ class CenterLoss(nnx.Module):
         after: Any = None,
         rounding_key: jax.Array | None = None,
     ) -> None:
-        """Moves the centers of the batch's classes, in the module: see `jax_centerloss.update_centers`.
+        """Moves centers that no optimizer moves, in the module: see `jax_centerloss.update_centers`.
 
         Args are those of `jax_centerloss.update_centers`, without `axis_name`, which is the module's. Call it
         once in each step, with the features of the step and with the loss as `after`. No gradient passes
         through it. With bfloat16 centers pass `rounding_key=rngs.rounding()`: it is a new key in each step if
         `rngs`, which counts the keys, is part of the model.
 
-        It is meant for `centers_as="state"`, since the optimizer moves parameters too. `"gradient"` is the
-        gradient of the loss of this module, with its `clip` (of the sum for `reduce_fn=jnp.sum`, otherwise of
-        the mean).
+        It is meant for `centers_as="state"`. Parameters would move twice in a step, unless the optimizer
+        leaves them alone. `"gradient"` is the gradient of the loss of this module, with its `clip` (of the
+        sum for `reduce_fn=jnp.sum`, otherwise of the mean).
         """
-        centers = nnx.state(self, nnx.PathContains("centers"))
-        _options.check_declared_shape(_checks.as_table(centers), self.num_classes, self.feat_dim)
-        moved = _update.update_by_rule(
-            centers,
-            x,
-            labels,
-            alpha=alpha,
-            rule=rule,
-            where=where,
-            weights=weights,
-            axis_name=self.axis_name,
-            after=after,
-            rounding_key=rounding_key,
-            clip=self.clip,
-            reduce_fn=self.reduce_fn,
-        )
-        nnx.update(self, moved)
+        centers = _checks.as_table(self.centers)
+        _checks.check_declared_shape(centers, self.num_classes, self.feat_dim)
+        batch = _batch.as_batch(x, labels, where, weights, centers)
+        own_rule = _rules.as_rule(rule, alpha, self.clip, self.reduce_fn)
+        centers, batch, own_rule, after = lax.stop_gradient((centers, batch, own_rule, after))
+        moved = _update.move(centers, batch, own_rule, self.axis_name, after, rounding_key)
+        nnx.update(self, {"centers": moved})

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from jax_centerloss import _placement
+from jax_centerloss._rows import placement
 
 # Compilation makes some examples slow. The examples are the same in every run; --hypothesis-profile=fresh
 # looks for others.
@@ -44,13 +44,13 @@ def pytest_addoption(parser):
     )
 
 
-CHOSEN = _placement.call_for_platform
+CHOSEN = placement.call_for_platform
 
 
 def pytest_configure(config):
     platform = config.getoption("platform")
     if platform is not None:
-        _placement.call_for_platform = lambda function, *arrays: function(*arrays, platform=platform)
+        placement.call_for_platform = lambda function, *arrays: function(*arrays, platform=platform)
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def pytest_runtest_setup():
 @pytest.fixture
 def for_its_platform(monkeypatch):
     """What a program does on the platform that it is compiled for, whatever `--platform` says."""
-    monkeypatch.setattr(_placement, "call_for_platform", CHOSEN)
+    monkeypatch.setattr(placement, "call_for_platform", CHOSEN)
 
 
 # The examples are scripts, which import what they share from their own folder.

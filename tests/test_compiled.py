@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jax_centerloss as jcl
-from jax_centerloss._options import RULES
+from jax_centerloss._checks import RULES
 
 pytestmark = pytest.mark.usefixtures("for_its_platform")
 

@@ -1,6 +1,7 @@
 """Bad input: the type and the words of each error, eager and under jit."""
 
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -304,3 +305,25 @@ def test_import_is_light():
     with pytest.raises(AttributeError, match=r"nnx\.CenterLoss and linen\.CenterLoss"):
         _ = jcl.CenterLoss
     assert {"center_loss", "nnx", "from_torch"} <= set(dir(jcl))
+
+
+CONSTRUCTORS = """
+import jax, optax
+import jax_centerloss as jcl
+jcl.linen.CenterLoss(10, 2)
+jcl.linen.CenterLoss(10, 2, centers_as="state", rule="mean", alpha=0.25, param_dtype="bfloat16")
+jcl.with_center_optimizer(optax.adam(1e-3))
+jcl.with_center_optimizer(optax.adam(1e-3), optax.sgd(0.5), weight=0.1)
+jcl.with_center_optimizer(optax.adam(1e-3), weight=optax.linear_schedule(0.0, 0.1, 10))
+try:
+    jax.numpy.zeros(2)
+except RuntimeError as error:
+    print("no backend" if "Unable to initialize backend" in str(error) else error)
+"""
+
+
+def test_constructors_do_not_start_a_backend():
+    # There is no such backend, so that whatever starts one fails, as the last line shows.
+    env = os.environ | {"JAX_PLATFORMS": "none_such"}
+    out = subprocess.run([sys.executable, "-c", CONSTRUCTORS], capture_output=True, text=True, env=env)
+    assert out.stdout == "no backend\n", out.stdout + out.stderr

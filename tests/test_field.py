@@ -13,7 +13,7 @@ from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
 import jax_centerloss as jcl
-from jax_centerloss._options import RULES
+from jax_centerloss._checks import RULES
 
 C, D, N = 3, 16, 48
 

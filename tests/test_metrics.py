@@ -31,6 +31,7 @@ def oracle(centers, x, labels, previous, among=None):
     return {
         "own_distance": own.mean(),
         "gap": (nearest - own).mean(),
+        "ratio": own.mean() / nearest.mean(),
         "classes_seen": len(seen),
         "moved": np.linalg.norm(centers[seen].astype(np.float64) - previous[seen], axis=-1).mean(),
     }

@@ -15,7 +15,7 @@ from oracle import Batch, Bounded, Precision
 from reference import enable_x64
 
 import jax_centerloss as jcl
-from jax_centerloss._options import RULES
+from jax_centerloss._checks import RULES
 
 CLIP = (1e-12, 1e12)
 CLIPS = (CLIP, None, (1.0, 4.0))

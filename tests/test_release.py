@@ -191,22 +191,25 @@ def test_the_citation_is_that_of_the_readme():
     assert cited["url"] == PYPROJECT["project"]["urls"]["Documentation"]
 
 
-def test_imports_point_down_the_table_of_modules():
-    text = (
-        (ROOT / "CONTRIBUTING.md")
-        .read_text(encoding="utf-8")
-        .split("## Where things are")[1]
-        .split("\n## ")[0]
+def test_imports_point_down_the_tables_of_modules():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = text.split("## Where things are")[1].split("\n## ")[0]
+    center_loss, rows = (
+        [re.findall(r"`(\w+)`", line.split("|")[1]) for line in part.splitlines() if line.startswith("| `")]
+        for part in text.split("| rows |")
     )
-    rows = [
-        re.findall(r"`(\w+)`", line.split("|")[1]) for line in text.splitlines() if line.startswith("| `")
-    ]
-    place = {module: i for i, row in enumerate(rows) for module in row}
     folder = Path(jax_centerloss.__file__).parent
-    assert place.keys() == {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    for module, own in place.items():
-        source = (folder / f"{module}.py").read_text(encoding="utf-8")
-        imported = re.findall(r"^from jax_centerloss\.(\w+) import", source, re.MULTILINE)
-        for names in re.findall(r"^from jax_centerloss import (\([^)]*\)|.*)$", source, re.MULTILINE):
-            imported += re.findall(r"\w+", names)
-        assert all(place[name] >= own for name in imported), module
+    for where, table, package in (
+        (folder, center_loss, "jax_centerloss"),
+        (folder / "_rows", rows, r"jax_centerloss\._rows"),
+    ):
+        place = {module: i for i, names in enumerate(table) for module in names}
+        assert place.keys() == {path.stem for path in where.glob("*.py")} - {"__init__"}
+        for module, own in place.items():
+            source = (where / f"{module}.py").read_text(encoding="utf-8")
+            imported = re.findall(rf"^from {package}\.(\w+)(?:\.\w+)? import", source, re.MULTILINE)
+            for names in re.findall(rf"^from {package} import (\([^)]*\)|.*)$", source, re.MULTILINE):
+                imported += re.findall(r"\w+", names)
+            assert all(place[name] >= own for name in imported if name != "_rows"), module
+            if where.name == "_rows":
+                assert "jax_centerloss" not in re.sub(package, "", source), module

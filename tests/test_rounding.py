@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from placements import PLACEMENTS
 
 import jax_centerloss as jcl
-from jax_centerloss import _rounding
-from jax_centerloss._options import RULES
+from jax_centerloss._checks import RULES
+from jax_centerloss._rows import rounding
 
 HALF = ["bfloat16", "float16"]
 KEYS = 100_000
@@ -28,7 +28,7 @@ def promotion():
 
 
 def seed_of(key):
-    return _rounding.seed_of(key, np.zeros(0, np.float16))
+    return rounding.seed_of(key, np.zeros(0, np.float16))
 
 
 def wide(a):
@@ -82,7 +82,7 @@ def test_the_mean_over_keys_is_the_exact_number(dtype):
     @jax.jit
     @jax.vmap
     def rounded(key):
-        return _rounding.round_rows(values[None], jnp.array([3]), dtype, seed_of(key))[0]
+        return rounding.round_rows(values[None], jnp.array([3]), dtype, seed_of(key))[0]
 
     got = rounded(jax.random.split(KEY, KEYS))
     assert got.dtype == dtype
@@ -103,7 +103,7 @@ def test_the_largest_number_does_not_become_infinite_but_what_overflows_does(dty
     )  # float32 has no more than bfloat16.
     rows = np.float32([values, np.negative(values)])
     seeds = jax.vmap(seed_of)(jax.random.split(KEY, 1000))
-    got = jax.jit(jax.vmap(lambda s: _rounding.round_rows(rows, jnp.arange(2), dtype, s)))(seeds)
+    got = jax.jit(jax.vmap(lambda s: rounding.round_rows(rows, jnp.arange(2), dtype, s)))(seeds)
     want = [[largest] * 3 + [np.inf, -np.inf, np.nan] + [np.inf] * (len(values) - 6)]
     np.testing.assert_array_equal(wide(got), np.broadcast_to([*want, *np.negative(want)], got.shape))
 
@@ -112,7 +112,7 @@ def test_bits_are_uniform_and_independent():
     # The upper 16 bits of words, over seeds, classes, places in a row, and tables, near ones and far ones.
     seeds = jax.vmap(seed_of)(jax.random.split(KEY, 400))
     classes = jnp.concatenate([jnp.arange(40), 10**9 + jnp.arange(40)])
-    words = jax.jit(jax.vmap(lambda s: _rounding._random_words(s, classes, 32)))
+    words = jax.jit(jax.vmap(lambda s: rounding._random_words(s, classes, 32)))
     u = np.stack([np.float64(words(seeds + np.uint32(table)) >> 16) / 2**16 - 0.5 for table in (0, 1)])
     number = u.size  # 2 tables, 400 seeds, 80 classes, 32 places: 2,048,000.
     assert abs(u.mean()) < 4 * np.sqrt(1 / 12 / number)

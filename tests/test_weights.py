@@ -339,6 +339,6 @@ def test_a_weighed_step_is_in_place(rule):
         each = shape((512,), jnp.int32), shape((512,), jnp.float32)
         return jax.jit(step, donate_argnums=0).lower(table, x, *each).compile().memory_analysis()
 
-    few, many = memory(2000), memory(1_000_000)
+    few, many = memory(10_000), memory(1_000_000)
     assert many.alias_size_in_bytes == 1_000_000 * 64 * 4
     assert few.temp_size_in_bytes == many.temp_size_in_bytes <= 6 * 512 * 64 * 4 + 2**16

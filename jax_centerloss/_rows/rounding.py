@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from jax_centerloss import _placement
+from jax_centerloss._rows import placement
 
 
 def seed_of(rounding_key: jax.Array | None, *tables: Any) -> jax.Array | None:
@@ -23,7 +23,7 @@ def seed_of(rounding_key: jax.Array | None, *tables: Any) -> jax.Array | None:
 def round_rows(
     rows: jax.Array, classes: jax.Array, dtype: DTypeLike, seed: jax.Array | None, table_index: int = 0
 ) -> jax.Array:
-    """Casts `rows (S, ...)` of `classes (S,)` to `dtype`, stochastically if there is a seed.
+    """Casts `rows (S, ...)` of `classes (S,)` to `dtype`: stochastically if there is a seed, else to nearest.
 
     The random bits of an entry are a function of the seed, the class, the column and the index of the table,
     so that they are the same on every platform, in every order of the batch and for every sharding.
@@ -63,19 +63,21 @@ def _round_stochastically(x: jax.Array, words: jax.Array, dtype: Any) -> jax.Arr
     """Rounds float32 `x` to one of its two neighbours in `dtype`, so that the mean of the result is `x`.
 
     With `u` uniform in [0, 1), a magnitude of `q` units in the last place is rounded to `floor(q + u)`,
-    whose mean is `q`. In the code `q` and `u` are integers that count the `2**dropped`-th part of a unit
-    (for subnormal numbers the `2**fraction`-th), so that their sum is exact. Numbers between the largest
-    one of `dtype` and the next power of two become the largest one.
+    whose mean is `q`. In the code `q` and `u` are integers, in steps of `2**-dropped` units. Their sum is
+    exact. A number above the largest finite one of `dtype`, but below the next power of two, becomes the
+    largest finite one.
     """
-    half, single = jnp.finfo(dtype), jnp.finfo(jnp.float32)
-    x = _placement.call_for_platform(_barrier_on_cpu, x)
+    half = jnp.finfo(dtype)
+    single = jnp.finfo(jnp.float32)
+    x = placement.call_for_platform(_barrier_on_cpu, x)
     dropped = single.nmant - half.nmant  # Bits of the significand that `dtype` does not hold.
     bits = lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)
     up = ((bits + (words >> (32 - dropped))) >> dropped) << dropped
     largest = np.asarray(half.max, np.float32).view(np.uint32)
     rounded = lax.bitcast_convert_type(jnp.minimum(up, largest), jnp.float32)
     if half.smallest_normal > single.smallest_normal:
-        # float16 is subnormal where float32 is not. Subnormal numbers are evenly spaced.
+        # float16 is subnormal where float32 is not. Subnormal numbers are evenly spaced, so that `q` and `u`
+        # can count steps of `2**-fraction` units there, with more digits.
         fraction = 31 - half.nmant
         units = (jnp.abs(x) * np.float32(2.0**31 / float(half.smallest_normal))).astype(jnp.uint32)
         small = ((units + (words >> (32 - fraction))) >> fraction).astype(jnp.float32)

@@ -1,28 +1,31 @@
 """Shardings and platforms: the one place that tells Explicit mesh axes from Auto ones.
 
-A mesh is known if the type of an array, `jax.typeof(array)`, names it.
+`jax.typeof(array)` names the mesh of an array under Explicit axes, and under Auto axes where JAX tracks it.
+If it names none, the mesh is called unknown.
 """
 
-import math
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial, wraps
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-OutSharding = NamedSharding | P | Format  # What `out_sharding` accepts.
+AxisName = Hashable  # None: the batch is not split over a mapped axis.
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def call_for_platform(function: Callable[..., T], *arrays: Any) -> T:
     """`function(*arrays, platform=...)` with the platform that the program is compiled for."""
+    if jax.__version_info__ < (0, 10) and mesh_of(*jax.tree.leaves(arrays)) is not None:
+        # JAX before 0.10 can't differentiate `lax.platform_dependent` on Explicit axes. On a mesh the default
+        # backend is taken as the platform.
+        return function(*arrays, platform=jax.default_backend())
     result: T = lax.platform_dependent(
         *arrays,
         cpu=partial(function, platform="cpu"),
@@ -33,7 +36,7 @@ def call_for_platform(function: Callable[..., T], *arrays: Any) -> T:
 
 
 def mesh_of(*arrays: ArrayLike) -> AbstractMesh | None:
-    """The mesh in the type of the first array with one, or None if no mesh is known."""
+    """The mesh in the type of the first array with one, or None if the mesh is unknown."""
     for array in arrays:
         mesh: AbstractMesh | None = getattr(jax.typeof(array).sharding, "mesh", None)
         if mesh is not None and not mesh.empty:
@@ -48,18 +51,18 @@ def mesh_axes(entry: Any) -> tuple[Any, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def sharding_of(array: jax.Array, *others: jax.Array) -> NamedSharding | None:
+def explicit_axes(mesh: AbstractMesh | Mesh) -> tuple[Any, ...]:
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, axis_type in types if axis_type is AxisType.Explicit)
+
+
+def sharding_of(array: jax.Array, *others: Any) -> NamedSharding | None:
     """The sharding in the type of `array`. If that names no mesh: replicated, on the mesh of `others`."""
     if mesh_of(array) is not None:
         sharding: NamedSharding = jax.typeof(array).sharding
         return sharding
-    mesh = mesh_of(*others)
+    mesh = mesh_of(*jax.tree.leaves(others))
     return None if mesh is None else NamedSharding(mesh, P(*(None,) * array.ndim))
-
-
-def centers_sharding(centers: jax.Array, *others: Any) -> NamedSharding | None:
-    """The sharding of returned centers: that of `centers`, else replicated on the mesh of `others`."""
-    return sharding_of(centers, *jax.tree.leaves(others))
 
 
 def per_sample_sharding(x: jax.Array, *others: jax.Array) -> NamedSharding | None:
@@ -76,76 +79,43 @@ def replicated_sharding(*arrays: Any) -> NamedSharding | None:
 
 def reshard(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     """Reshards `array` on Explicit axes. On Auto axes XLA chooses, and `array` is returned as it is."""
-    if not _explicit_axes(sharding.mesh):
+    if not explicit_axes(sharding.mesh):
         return array
     resharded: jax.Array = jax.sharding.reshard(array, sharding)
     return resharded
 
 
 def reshard_like_samples(array: jax.Array, x: jax.Array) -> jax.Array:
-    """Reshards an array with one entry per sample like the leading axes of `x`, if it is on a mesh."""
+    """Gives `array`, with one entry per sample, the sharding of the leading axes of `x`.
+
+    An array on no known mesh is returned as it is.
+    """
     sharding = per_sample_sharding(x, array)
     return array if sharding is None or mesh_of(array) is None else reshard(array, sharding)
 
 
-def place_like_table(leaf: jax.Array, centers: jax.Array) -> jax.Array:
-    """Gives a leaf of an optimizer's initial state the placement that it has after the first step.
-
-    A scalar is replicated on the devices of the centers. A table keeps its sharding, and gets the memory
-    layout of the centers. Else the second step would be compiled again. Tracers stay as they are.
-    """
-    placed = leaf
-    if any(isinstance(a, jax.core.Tracer) or not isinstance(a, jax.Array) for a in (leaf, centers)):
-        return placed
-    if not leaf.ndim:
-        if isinstance(centers.sharding, NamedSharding):
-            placed = jax.device_put(leaf, NamedSharding(centers.sharding.mesh, P()))
-    elif leaf.shape == centers.shape:
-        order_of: Any = operator.attrgetter("format.layout.major_to_minor")  # `jax.Array` does not type it.
-        if order_of(leaf) != (order := order_of(centers)):
-            placed = jax.device_put(leaf, Format(Layout(order), leaf.sharding))
-    return placed
-
-
-def jit_on_auto_axes(
-    out_shardings_fn: Callable[..., Any], **jit_options: Any
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def jit_on_auto_axes(out_shardings_fn: Callable[..., Any], **jit_options: Any) -> Callable[[F], F]:
     """A decorator: `jax.jit`, with Explicit mesh axes turned into Auto axes inside of the function.
 
     `out_shardings_fn(*arrays)` returns the shardings of the results. It is called only if the mesh has
     Explicit axes; on Auto axes XLA infers the shardings.
     """
 
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        # `inline=True` puts loss and update into one program, where XLA computes once what they share.
+    def wrap(function: F) -> F:
+        # `inline=True`: without a call in between, XLA computes once what the loss and the update share.
         @partial(jax.jit, inline=True, **jit_options)
         @wraps(function)
         def program(*arrays: Any, **static: Any) -> Any:
-            call = partial(function, **static)
+            call: Any = partial(function, **static)
             mesh = mesh_of(*jax.tree.leaves(arrays))
-            explicit = () if mesh is None else _explicit_axes(mesh)
+            explicit = () if mesh is None else explicit_axes(mesh)
             if explicit:
                 call = jax.sharding.auto_axes(call, axes=explicit, out_sharding=out_shardings_fn(*arrays))
             return call(*arrays)
 
-        return program
+        return program  # type: ignore[return-value]
 
     return wrap
-
-
-def _explicit_axes(mesh: AbstractMesh | Mesh) -> tuple[Any, ...]:
-    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, axis_type in types if axis_type is AxisType.Explicit)
-
-
-def draw_sharded(draw: Callable[[jax.Array], Any], key: jax.Array, out: NamedSharding | Format) -> Any:
-    """Runs the initializer `draw(key)` with results placed as `out`: each device computes its own shard."""
-    sharding = out.sharding if isinstance(out, Format) else out
-    explicit = _explicit_axes(sharding.mesh) if isinstance(sharding, NamedSharding) else ()
-    if explicit:
-        # Under Explicit axes each device would hold the intermediate results as full tables.
-        draw = jax.sharding.auto_axes(draw, axes=explicit, out_sharding=sharding)
-    return jax.jit(draw, out_shardings=out)(key)
 
 
 def replicate(array: jax.Array, mesh: AbstractMesh | None) -> jax.Array:
@@ -161,7 +131,7 @@ def replicate(array: jax.Array, mesh: AbstractMesh | None) -> jax.Array:
         return array
     sharding = NamedSharding(mesh, P(*(None,) * array.ndim))
     array = reshard(array, sharding)
-    # Eager operations reshard their own operands, so that only a tracer needs the constraint.
+    # Outside of `jit` each operation reshards its operands itself. Only a tracer needs the constraint.
     if AxisType.Auto in mesh.axis_types and isinstance(array, jax.core.Tracer):
         array = lax.with_sharding_constraint(array, sharding)
     return array
@@ -179,11 +149,30 @@ def _replicate_on_unknown_mesh(array: jax.Array) -> jax.Array:
     return array.at[identity].get(mode="promise_in_bounds", unique_indices=True)
 
 
-def num_stripes(centers: jax.Array) -> int:
-    """The number of "stripes": equal, contiguous blocks of classes, each of which lies in one shard.
+def whole_batch(
+    axis_name: AxisName, mesh: AbstractMesh | None, labels: jax.Array, *arrays: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Flattens the sample axes, those of `labels`, gathers them over `axis_name`, and replicates on the mesh.
 
-    It is a multiple of the number of shards, since that divides C and the size of the mesh. If the mesh is
-    unknown, the number of devices is used: on a smaller mesh a stripe may span two shards, which costs speed.
+    If the mesh is unknown, only arrays with one number per sample are replicated. XLA then replicates the
+    others itself, since the result of a scatter at replicated indices is replicated.
     """
-    mesh = mesh_of(centers)
-    return math.gcd(centers.shape[0], jax.device_count() if mesh is None else mesh.size)
+    ndim = labels.ndim
+    arrays = (labels, *arrays)
+    if axis_name is not None:
+        arrays, ndim = tuple(_all_gather(array, axis_name) for array in arrays), ndim + 1
+    flat = [array.reshape(-1, *array.shape[ndim:]) for array in arrays]
+    return tuple(a if mesh is None and a.ndim > 1 else replicate(a, mesh) for a in flat)
+
+
+def _all_gather(array: jax.Array, axis_name: AxisName) -> jax.Array:
+    """`lax.all_gather`, written as a `psum` of disjoint parts.
+
+    Rows have to be replicated if their `out_specs` do not name the axis. `shard_map` knows that the result of
+    a `psum` is replicated. Of `lax.all_gather` it knows that only with `to=`, which JAX 0.7 does not have.
+    """
+    dtype = jnp.int32 if array.dtype == jnp.bool_ else array.dtype
+    parts = jnp.zeros((lax.psum(1, axis_name), *array.shape), dtype)
+    parts = parts.at[lax.axis_index(axis_name)].set(array.astype(dtype))
+    gathered: jax.Array = lax.psum(parts, axis_name)
+    return gathered.astype(array.dtype)

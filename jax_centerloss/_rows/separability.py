@@ -1,7 +1,7 @@
 """Finds out by a trial whether an optax transformation is "row-separable".
 
-It is if a step on some rows changes them and their state as a dense step would, whatever the other rows hold
-and however many there are.
+A transformation is row-separable if a step on some rows changes them and their state as a dense step would,
+whatever the other rows hold and however many there are.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_centerloss import _groups, _row_steps, _table
+from jax_centerloss._rows import table, transform
+from jax_centerloss._rows.groups import NO_CLASS, Groups
 
 # Large enough for Adafactor to factor its second moments.
 _NUM_CLASSES, _FEAT_DIM = 130, 128
@@ -29,7 +30,8 @@ _TRIAL = (
     ([7, 3, 4], 1.0),
     ([5, 129, 9], 1e8),
 )
-# These transformations accumulate over calls. The trial can't show it, since it restores untouched rows.
+# These transformations accumulate over calls. The trial can't find them: it restores the rows that a step
+# does not touch.
 _ACCUMULATES = (optax.MultiStepsState, optax.ApplyEvery, optax.contrib.SAMState, optax.contrib.MechanicState)
 
 
@@ -65,38 +67,50 @@ def find_separability(tx: optax.GradientTransformation) -> Separability:
 
 def _run_trial(tx: optax.GradientTransformation) -> Separability:
     rng = np.random.default_rng(0)
-    centers = jnp.asarray(rng.normal(size=(_NUM_CLASSES, _FEAT_DIM)), jnp.float32)
-    base_gradient = rng.normal(size=centers.shape).astype(np.float32)
-    state = _row_steps.init_state(tx, centers)
-    if any(map(_accumulates, jax.tree.leaves(state, is_leaf=_accumulates))):
+    rows = jnp.asarray(rng.normal(size=(_NUM_CLASSES, _FEAT_DIM)), jnp.float32)
+    base_gradient = rng.normal(size=rows.shape).astype(np.float32)
+    state = transform.init_state(tx, rows)
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, _ACCUMULATES))
+    if any(isinstance(leaf, _ACCUMULATES) for leaf in leaves):
         return Separability("it accumulates or adapts over several calls, which have different classes")
-    for table in _row_steps.tables_of(tx, state):
-        if table.shape[0] != _NUM_CLASSES:
-            return Separability(f"for centers {centers.shape} it keeps state of shape {table.shape}")
-    by_rows, dense = jax.jit(partial(_row_steps.compute_steps, tx)), jax.jit(partial(_disturbed_step, tx))
+    tables: list[jax.Array] = []
+    transform.map_tables(tx, tables.append, state)
+    for state_table in tables:
+        if state_table.shape[0] != _NUM_CLASSES:
+            return Separability(f"for rows {rows.shape} it keeps state of shape {state_table.shape}")
+    by_rows = jax.jit(partial(_step_by_rows, tx))
+    dense = jax.jit(partial(_disturbed_step, tx))
     in_blocks = True
     for touched, size in _TRIAL:
-        gradient = np.zeros(centers.shape, np.float32)
+        gradient = np.zeros(rows.shape, np.float32)
         noise = rng.normal(size=(len(touched), _FEAT_DIM)).astype(np.float32)
         gradient[touched] = size * (base_gradient[touched] + 0.5 * noise)
-        rows = jnp.array(touched, jnp.int32)
-        expected = [dense(centers, state, rows, gradient, offset) for offset in jnp.array([0.0, 1e6])]
-        # The last entry has no class, like some slots of a batch.
-        classes = jnp.append(rows, _groups.NO_CLASS)
+        touched_rows = jnp.array(touched, jnp.int32)
+        expected = [dense(rows, state, touched_rows, gradient, offset) for offset in jnp.array([0.0, 1e6])]
+        # The last slot has no class, like some slots of a batch.
+        classes = jnp.append(touched_rows, NO_CLASS)
         gradients = np.append(gradient[touched], np.zeros((1, _FEAT_DIM), np.float32), 0)
-        in_two_parts = _steps_in_two_parts(by_rows, centers, state, classes, gradients)
-        steps, state = by_rows(centers, state, classes, jnp.asarray(gradients))
-        in_blocks &= _all_close(steps[:-1], in_two_parts[:-1])
-        in_blocks &= _nan_stays_in_its_row(by_rows, tx, centers, state, classes, gradients)
+        in_blocks &= _nan_stays_in_its_row(by_rows, tx, rows, state, classes, gradients)
+        steps, state = by_rows(rows, state, classes, jnp.asarray(gradients))
         if not all(_all_close((steps[:-1], state), other) for other in expected):
             return Separability("the step of a row depends on rows outside of the batch, or on num_classes")
-        centers = _table.add_to_rows(centers, classes, steps)
+        rows = table.add(rows, _groups_of(classes), steps)
     return Separability(in_blocks=in_blocks)
+
+
+def _groups_of(classes: jax.Array) -> Groups:
+    return Groups(classes, lambda values: values, all_classes=False)
+
+
+def _step_by_rows(
+    tx: optax.GradientTransformation, rows: jax.Array, state: Any, classes: jax.Array, gradients: jax.Array
+) -> tuple[jax.Array, Any]:
+    return transform.compute_steps(tx, rows, state, _groups_of(classes), gradients)
 
 
 def _disturbed_step(
     tx: optax.GradientTransformation,
-    centers: jax.Array,
+    rows: jax.Array,
     state: Any,
     touched: jax.Array,
     gradient: jax.Array,
@@ -108,35 +122,21 @@ def _disturbed_step(
     transformation that is row-separable neither depends on `offset`.
     """
 
-    def disturb(table: jax.Array) -> jax.Array:
-        return (table + offset.astype(table.dtype)).at[touched].set(table[touched])
+    def disturb(array: jax.Array) -> jax.Array:
+        return (array + offset.astype(array.dtype)).at[touched].set(array[touched])
 
-    disturbed = _row_steps.map_tables(tx, disturb, state)
-    steps, new_state = tx.update({"centers": gradient}, disturbed, {"centers": disturb(centers)})
-    restore = partial(_with_rows, touched)
-    return steps["centers"][touched], _row_steps.map_tables(tx, restore, new_state, state)
+    def restore(new: jax.Array, old: jax.Array) -> jax.Array:
+        return old.at[touched].set(new[touched])
 
-
-def _with_rows(touched: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    return old.at[touched].set(new[touched])
-
-
-def _steps_in_two_parts(
-    by_rows: Callable[..., Any], centers: jax.Array, state: Any, classes: jax.Array, gradients: np.ndarray
-) -> jax.Array:
-    """The steps, made for the first row alone and for the other rows alone."""
-    first = np.arange(len(gradients)) == 0
-    alone, others = (
-        by_rows(centers, state, jnp.where(part, classes, _groups.NO_CLASS), gradients * part[:, None])[0]
-        for part in (first, ~first)
-    )
-    return jnp.where(first[:, None], alone, others)
+    disturbed = transform.map_tables(tx, disturb, state)
+    steps, new_state = tx.update({"centers": gradient}, disturbed, {"centers": disturb(rows)})
+    return steps["centers"][touched], transform.map_tables(tx, restore, new_state, state)
 
 
 def _nan_stays_in_its_row(
     by_rows: Callable[..., Any],
     tx: optax.GradientTransformation,
-    centers: jax.Array,
+    rows: jax.Array,
     state: Any,
     classes: jax.Array,
     gradients: np.ndarray,
@@ -144,16 +144,13 @@ def _nan_stays_in_its_row(
     """Whether NaN in the gradient of the first row changes no other row. A norm over rows would spread it."""
 
     def other_rows(gradients: np.ndarray) -> Any:
-        steps, new_state = by_rows(centers, state, classes, jnp.asarray(gradients))
-        return steps[1:-1], _row_steps.map_tables(tx, lambda table: table.at[classes[0]].set(0), new_state)
+        steps, new_state = by_rows(rows, state, classes, jnp.asarray(gradients))
+        without_first = transform.map_tables(tx, lambda array: array.at[classes[0]].set(0), new_state)
+        return steps[1:-1], without_first
 
     with_nan = gradients.copy()
     with_nan[0] = np.nan
     return _all_close(other_rows(with_nan), other_rows(gradients))
-
-
-def _accumulates(node: Any) -> bool:
-    return isinstance(node, _ACCUMULATES)
 
 
 def _all_close(got: Any, want: Any) -> bool:

@@ -1,0 +1,245 @@
+"""Row optimizers: an optax transformation on the rows of a batch's classes only."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import Partial
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_centerloss import _batch, _checks, _rules
+from jax_centerloss._batch import Batch
+from jax_centerloss._rows import moves, placement, rounding, separability, table, transform
+from jax_centerloss._rows.placement import AxisName
+from jax_centerloss._rules import Rule
+
+_STATE_DTYPES = ("bfloat16", "float32", "float64")
+
+
+class RowOptimizer(NamedTuple):
+    """Functions as in `optax.GradientTransformation`: see `row_optimizer`."""
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+    apply_gradients: Callable[..., tuple[Any, Any]]
+
+
+def check_transformation(name: str, tx: Any) -> None:
+    if isinstance(tx, RowOptimizer) or not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"{name} must be an optax transformation, such as optax.sgd(0.5), got {tx!r}.")
+
+
+def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | None = None) -> RowOptimizer:
+    """Moves the centers of the batch's classes with an optax transformation, and touches no other row.
+
+    It does to these rows what `tx` would do with a dense gradient, at a cost that does not grow with the
+    number of classes. Of the centers and of the optimizer's state (momentum, Adam's moments) it writes only
+    the rows of the batch's classes, each once, however many samples a class has. All other rows keep
+    their center and their state, while a dense optimizer would also move them by momentum or weight decay.
+    Scalars of the state, such as Adam's count of steps, change in every step.
+
+    `tx` sees `{"centers": rows}`. Its learning rate is that of the centers, and does not depend on the weight
+    of the loss. SGD, momentum, Adam and its relatives, AdaGrad, RMSProp, Lion, weight decay, schedules,
+    clipping by value and by the global norm (of the batch's rows), `inject_hyperparams` and chains of them
+    work. A transformation is refused if the step of a row depends on rows outside of the batch, or needs more
+    than gradients, state and centers: LAMB, LARS, Muon, Adafactor, clipping by the norm of a block, added
+    noise, `MultiSteps`, or one that needs the `value` of the loss.
+
+    With the same `rule`, `row_optimizer(optax.sgd(alpha))` gives the centers that `update_centers` gives; the
+    default here is `"gradient"`. The paper's Caffe layer corresponds to `rule="paper"` with
+    `row_optimizer(optax.sgd(alpha, momentum=0.9))`: they agree only if the rate is constant and every class
+    is in every batch.
+
+    `apply_gradients` is the same step for gradients of any kind, such as those of the weights of a softmax
+    over a million classes, or of an embedding: `params` is then any `(C, D)` table.
+
+    Construction compiles and runs `tx` on a small table, which takes up to a second. It starts JAX's backend,
+    so in a program of several processes it has to come after `jax.distributed.initialize()`. `tx` gets
+    gradients and centers in float32 (float64 for float64 centers), also for centers in half precision, and
+    chooses the dtypes of its state for these, unless `state_dtype` is given.
+
+    Args:
+      tx: an optax transformation.
+      state_dtype: the dtype in which the state of the rows is stored between steps: `jnp.bfloat16`, which
+        halves the memory of Adam's moments, `jnp.float32` or `jnp.float64`. With bfloat16, `update` needs a
+        `rounding_key`: rounded to nearest, a moment that decays by a thousandth in a step would never decay.
+
+    Returns:
+      Three functions. Under `jit`, donate `params` and `state`, so that both are written in place.
+
+      `init(params) -> state`: the state of `tx` for `params`, a pytree with one leaf, the `(C, D)` centers.
+
+      `update(params, state, x, labels, *, rule="gradient", where=None, weights=None, axis_name=None,
+      after=None, rounding_key=None) -> (params, state)`: moved centers, in the tree structure and dtype of
+      `params`, and the new state. As its gradient, `tx` gets the negative of the step that `rule` takes at
+      alpha = 1. The arguments are those of `update_centers`. Gradients pass through it.
+
+      `apply_gradients(params, state, rows, gradients, *, where=None, axis_name=None, after=None,
+      rounding_key=None) -> (params, state)`: `rows (...)` are integer indices of rows, and `gradients (...,
+      D)` the gradients with respect to them, floating point. Gradients of a row that stands twice are summed.
+      A negative index leaves its gradient out, as does `where=False`. An index `>= C` raises; under `jit`,
+      where it is not known, it is left out. The other arguments are those of `update_centers`.
+
+    Raises:
+      TypeError: if `tx` is not an optax transformation, or holds traced values.
+      ValueError: if the step of a row depends on other rows, or `state_dtype` is not supported; on a step,
+        if `state` does not belong to this optimizer and these centers, if its dtype needs a `rounding_key`,
+        and what `update_centers` raises.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jax_centerloss
+      >>> rows = jax_centerloss.row_optimizer(optax.sgd(0.5, momentum=0.9))
+      >>> params = jax_centerloss.init_centers(jax.random.key(0), num_classes=1000, feat_dim=2)
+      >>> state = rows.init(params)
+      >>> params, state = rows.update(params, state, jnp.ones((4, 2)), jnp.array([3, 1, 3, -1]))
+      >>> gradients = jnp.array([[1.0, 0.0], [2.0, 0.0]])
+      >>> params, state = rows.apply_gradients(params, state, jnp.array([7, 7]), gradients)
+    """
+    check_transformation("tx", tx)
+    state_dtype = _as_state_dtype(state_dtype)
+    found = separability.find_separability(tx)
+    if found.problem is not None:
+        raise ValueError(
+            f"this transformation can't work row by row: {found.problem}. Remove the part that does so, or "
+            "give the centers a dense optimizer by `with_center_optimizer`."
+        )
+    init_state = partial(transform.init_state, tx, state_dtype=state_dtype)
+
+    def init(params: Any) -> Any:
+        centers = _checks.as_table(params)
+        return transform.place_state(init_state(centers), centers)
+
+    def update(
+        params: Any,
+        state: Any,
+        x: ArrayLike,
+        labels: ArrayLike,
+        *,
+        rule: str = "gradient",
+        where: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        axis_name: AxisName = None,
+        after: Any = None,
+        rounding_key: jax.Array | None = None,
+    ) -> tuple[Any, Any]:
+        batch = _batch.as_batch(x, labels, where, weights, _checks.as_table(params))
+        # As its gradient, `tx` gets the negative of the step.
+        return move(params, state, batch, _rules.as_rule(rule, -1.0), axis_name, after, rounding_key)
+
+    def apply_gradients(
+        params: Any,
+        state: Any,
+        rows: ArrayLike,
+        gradients: ArrayLike,
+        *,
+        where: ArrayLike | None = None,
+        axis_name: AxisName = None,
+        after: Any = None,
+        rounding_key: jax.Array | None = None,
+    ) -> tuple[Any, Any]:
+        table = _checks.as_table(params)
+        batch = _batch.as_batch(gradients, rows, where, None, table, _batch.GRADIENTS)
+        return move(params, state, batch, None, axis_name, after, rounding_key)
+
+    def move(
+        params: Any,
+        state: Any,
+        batch: Batch,
+        rule: Rule | None,
+        axis_name: AxisName,
+        after: Any,
+        rounding_key: Any,
+    ) -> tuple[Any, Any]:
+        centers = _checks.as_table(params)
+        _check_state(state, jax.eval_shape(init_state, centers), centers)
+        state = _checks.as_arrays("state", state, "Pass on what `update` returns.")
+        if rounding_key is None and state_dtype == jnp.bfloat16:
+            raise ValueError(
+                "a state in bfloat16 needs a rounding_key: without it, small changes of the state are lost. "
+                "Pass a new key in each step, for example `jax.random.fold_in(jax.random.key(0), step)`."
+            )
+        seed = rounding.seed_of(_checks.as_key("rounding_key", rounding_key), centers, state)
+        held = move_jitted(centers, state, batch, rule, _checks.as_after(after), seed, axis_name=axis_name)
+        return jax.tree.unflatten(jax.tree.structure(params), [held[0]]), held[1]
+
+    def shardings(centers: jax.Array, state: Any, *others: Any) -> Any:
+        return jax.tree.map(lambda leaf: placement.sharding_of(leaf, centers, *others), (centers, state))
+
+    @placement.jit_on_auto_axes(shardings, static_argnames="axis_name")
+    def move_jitted(
+        centers: jax.Array,
+        state: Any,
+        batch: Batch,
+        rule: Rule | None,
+        after: Any,
+        seed: jax.Array | None,
+        *,
+        axis_name: AxisName,
+    ) -> tuple[jax.Array, Any]:
+        if rule is None:
+            samples = _gradients_as_samples(centers, batch, after, axis_name)
+            scale: moves.Scale = Partial(jnp.ones_like)
+        else:
+            samples, scale = _rules.samples_and_scale(centers, batch, rule, after, axis_name)
+        # On a mesh, the devices would communicate once for each block.
+        mesh = placement.mesh_of(centers, samples.classes)
+        row_update = moves.RowUpdate(
+            partial(transform.update_rows, tx, state_dtype),
+            partial(transform.with_tables_of, tx),
+            in_blocks=found.in_blocks and (mesh is None or mesh.size == 1),
+        )
+        step = partial(moves.move_rows, row_update=row_update)
+        return placement.call_for_platform(step, centers, state, samples, scale, seed)
+
+    return RowOptimizer(init, update, apply_gradients)
+
+
+def _gradients_as_samples(centers: jax.Array, batch: Batch, after: Any, axis_name: AxisName) -> moves.Samples:
+    gradients, rows, used, _ = batch
+    gradients = gradients.astype(table.compute_dtype(gradients, centers))
+    classes = table.only_if(used & (rows < centers.shape[0]), rows.astype(jnp.int32))
+    mesh = placement.mesh_of(centers, gradients, rows)
+    classes, gradients = placement.whole_batch(axis_name, mesh, classes, gradients)
+    counted = jnp.ones_like(gradients, shape=classes.shape)
+    return moves.Samples(classes, gradients, counted, None, table.true_after(after, axis_name))
+
+
+def _as_state_dtype(value: Any) -> Any:
+    if value is None:
+        return None
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in _STATE_DTYPES:
+        raise ValueError(
+            f"state_dtype must be None or one of {', '.join(_STATE_DTYPES)}, got {value!r}. float16 is not "
+            "allowed: the squared gradients that Adam keeps often underflow in it."
+        )
+    return dtype
+
+
+def _check_state(state: Any, expected: Any, centers: jax.Array) -> None:
+    """Compares the state of a row optimizer with the shapes and dtypes that its `init` makes.
+
+    It can't tell optimizers apart if their states have the same structure, such as Adam and Yogi.
+    """
+    shapes = [jax.tree.map(np.shape, tree) for tree in (state, expected)]
+    structures = {jax.tree.structure(tree) for tree in (state, expected)}
+    if len(structures) > 1 or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"state does not belong to this optimizer and centers {centers.shape}: expected {shapes[1]}, got "
+            f"{shapes[0]}. Make it with this row optimizer's `init(params)`, and pass on what `update` "
+            "returns: `params, state = rows.update(params, state, x, labels)`."
+        )
+    # Only the dtypes of tables are compared, since a scalar may be a Python number.
+    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        if np.ndim(leaf) and jax.dtypes.canonicalize_dtype(leaf.dtype) != like.dtype:
+            raise ValueError(
+                f"state holds {leaf.dtype.name} where this optimizer keeps {like.dtype.name}: create the row "
+                "optimizer with the `state_dtype` of this state, or cast the state."
+            )

@@ -1,0 +1,140 @@
+"""How a batch moves the rows of a table: its samples are summed by class, and each row steps once."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jax_centerloss._rows import groups, table
+from jax_centerloss._rows.groups import NO_CLASS, Groups
+
+_BLOCK_ENTRIES = 2**17  # The sums of a block of slots have so many entries, which fit the cache of a CPU.
+_MANY_CLASSES = 16  # For each sample, from which on a CPU counts samples by hashing.
+
+Scale = Callable[[jax.Array], jax.Array]  # From the counts of classes to the factors of their sums.
+
+
+class Samples(NamedTuple):
+    """A flat batch of N samples, the same on all devices of a mesh."""
+
+    classes: jax.Array  # (N,) int32, the class whose row a sample moves, or `NO_CLASS`.
+    values: jax.Array  # (N, D), summed by class.
+    counted: jax.Array  # (N,), as what the sample counts, not 0. NaN makes the whole row of its class NaN.
+    kept: jax.Array | None  # (N,) bool, or None for all. Other samples count, but add no value.
+    ready: jax.Array  # Always True, computed from what has to be read before rows are written.
+
+
+class RowUpdate(NamedTuple):
+    """How rows move, given the scaled sum of each class."""
+
+    # `update(table, state, batch, sums, seed) -> (table, state)`, with the `(S, D)` sums of the slots of
+    # `batch`, a `Groups`.
+    update: Callable[..., tuple[jax.Array, Any]]
+    # `with_tables_of(state, other)`: `state` with its parts by row taken from `other`.
+    with_tables_of: Callable[[Any, Any], Any] = lambda state, other: other
+    in_blocks: bool = True  # Whether rows can be updated block by block, since no row depends on another.
+
+
+def _add(
+    rows: jax.Array, state: Any, batch: Groups, sums: jax.Array, seed: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    return table.add(rows, batch, sums, seed), state
+
+
+def add_sums(
+    rows: jax.Array, samples: Samples, scale: Scale, seed: jax.Array | None, *, by_count: bool, platform: str
+) -> jax.Array:
+    """The table `rows (C, D)` with the scaled sum of each class added to its row.
+
+    `by_count` is whether `scale` depends on the count of a class, and not only on whether it is NaN.
+    """
+    # With few classes hundreds of samples may meet in a row, and each addition to it is rounded: there, and
+    # in half precision, the sum comes first. It does on a GPU, which would add in an order that differs from
+    # run to run, and on a TPU where samples would have to be counted, which is slow there.
+    few_classes = not groups.known_at_most(samples.classes.shape[0] + 1, rows.shape[0])
+    slow = platform == "gpu" or (platform == "tpu" and by_count)
+    if few_classes or slow or rows.dtype != samples.values.dtype:
+        return move_rows(rows, (), samples, scale, seed, row_update=RowUpdate(_add), platform=platform)[0]
+    classes, values, counts = samples.classes, samples.values, samples.counted
+    if by_count:
+        # An array of all classes is faster while it is small, and smaller than the values.
+        many_classes = min(_MANY_CLASSES, rows.shape[1])
+        counts = groups.count_class_of_sample(classes, counts, rows.shape[0], many_classes)
+    factor = scale(counts)
+    if samples.kept is not None:
+        factor = jnp.where(samples.kept | jnp.isnan(factor), factor, jnp.zeros((), factor.dtype))
+    # The value of a sample without a class may be NaN. It is not added, but would enter the derivative of
+    # `factor` as 0 * NaN.
+    values = jnp.where((classes != NO_CLASS)[:, None], values, jnp.zeros((), values.dtype))
+    return rows.at[table.only_if(samples.ready, classes)].add(factor[:, None] * values, mode="drop")
+
+
+def move_rows(
+    rows: jax.Array,
+    state: Any,
+    samples: Samples,
+    scale: Scale,
+    seed: jax.Array | None,
+    *,
+    row_update: RowUpdate,
+    platform: str,
+) -> tuple[jax.Array, Any]:
+    """The table `rows (C, D)` and its state after `row_update` of the rows of the batch's classes."""
+    batch = groups.group(samples.classes, rows.shape[0], platform)
+    if platform == "gpu":
+        sums, counts = _sum_on_gpu(samples, batch)
+    else:
+        counts = batch.sum(samples.counted)
+    factor = scale(counts)
+    batch = batch._replace(classes=table.only_if((counts != 0) & samples.ready, batch.classes))
+
+    def update(rows: jax.Array, state: Any, block: Groups, sums: jax.Array, factor: jax.Array) -> Any:
+        return row_update.update(rows, state, block, factor[:, None] * sums, seed)
+
+    size = max(1, _BLOCK_ENTRIES // rows.shape[1])
+    num_slots = batch.classes.shape[0]
+    many_slots = row_update.in_blocks and groups.known_at_most(size + 1, num_slots)
+    if platform != "cpu" or batch.all_classes or not many_slots:
+        if platform != "gpu":
+            sums = batch.sum(samples.values, kept=samples.kept)
+        moved: tuple[jax.Array, Any] = update(rows, state, batch, sums, factor)
+        return moved
+
+    # Blocks of slots are updated one after the other, so that their sums stay in the cache of a CPU. Each
+    # gets the old scalars of the state, such as Adam's count of steps. The new state has those of the first
+    # block.
+    num_blocks = -(-num_slots // size)
+    padding = num_blocks * size - num_slots
+    classes = jnp.pad(batch.classes, (0, padding), constant_values=NO_CLASS)
+    factor = jnp.pad(factor, (0, padding))
+
+    def update_block(i: ArrayLike, rows: jax.Array, state: Any) -> Any:
+        first = jnp.asarray(i, jnp.int32) * size
+        block = batch._replace(classes=lax.dynamic_slice_in_dim(classes, first, size))
+        sums = batch.sum(samples.values, kept=samples.kept, block=(first, size))
+        return update(rows, state, block, sums, lax.dynamic_slice_in_dim(factor, first, size))
+
+    def update_next(i: ArrayLike, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        rows, new_state = update_block(i, *carry)
+        return rows, row_update.with_tables_of(carry[1], new_state)
+
+    # The first block is updated before the loop: `shard_map` requires that a carry varies over the same mesh
+    # axes before an iteration and after it.
+    rows, first_state = update_block(0, rows, state)
+    carry = rows, row_update.with_tables_of(state, first_state)
+    rows, last_state = lax.fori_loop(1, num_blocks, update_next, carry)
+    return rows, row_update.with_tables_of(first_state, last_state)
+
+
+def _sum_on_gpu(samples: Samples, batch: Groups) -> tuple[jax.Array, jax.Array]:
+    """The sums of values `(S, D)` and the counts `(S,)`, in one pass."""
+    # The barrier keeps the values in memory. Otherwise XLA computes them again after the table is written,
+    # and for that keeps a copy of the old table.
+    values = lax.optimization_barrier(samples.values)
+    if samples.kept is not None:
+        values = jnp.where(samples.kept[:, None], values, jnp.zeros((), values.dtype))
+    both = batch.sum(jnp.concatenate([values, samples.counted[:, None]], axis=1))
+    return both[:, :-1], both[:, -1]

@@ -1,0 +1,100 @@
+"""The three rules: how a batch moves the center of each of its classes."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_centerloss import _checks, _loss, _reduce
+from jax_centerloss._batch import Batch
+from jax_centerloss._checks import Clip, ReduceFn
+from jax_centerloss._rows import placement, table
+from jax_centerloss._rows.moves import Samples
+from jax_centerloss._rows.placement import AxisName
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["rate"], meta_fields=["name", "clip", "summed"])
+@dataclass(frozen=True)
+class Rule:
+    """A rule of `update_centers`, and the loss whose gradient the rule "gradient" takes."""
+
+    name: str
+    rate: jax.Array  # alpha
+    clip: Clip = _checks.CLIP
+    summed: bool = False  # Whether the loss is the sum over the samples, not their mean.
+
+
+def as_rule(name: str, alpha: Any, clip: Clip = _checks.CLIP, reduce_fn: ReduceFn = jnp.mean) -> Rule:
+    """Checks the arguments."""
+    _checks.check_choice("rule", name, _checks.RULES)
+    rate = jnp.asarray(_checks.as_scalar("alpha", alpha))
+    return Rule(name, rate, _checks.as_clip(clip), reduce_fn is jnp.sum)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["rate", "denominator"], meta_fields=["name"])
+@dataclass(frozen=True)
+class Scale:
+    """The factor of `sum(x - c_j)` over the samples of class j, as a function of their number n_j.
+
+    With weights, n_j and N are sums of weights. If n_j is NaN, so is the factor.
+    """
+
+    name: str
+    rate: jax.Array  # alpha
+    denominator: jax.Array  # N, the number of all used samples, or 1 for the gradient of a sum.
+
+    def __call__(self, counts: jax.Array) -> jax.Array:
+        rate = self.rate.astype(counts.dtype)
+        if self.name == "paper":  # Eq. 4: c_j - alpha * sum(c_j - x) / (1 + n_j).
+            return rate / (1 + counts)
+        if self.name == "mean":  # c_j - alpha * sum(c_j - x) / n_j.
+            return rate / jnp.where(counts == 0, jnp.ones_like(counts), counts)
+        # c_j - alpha * 2 * sum(c_j - x) / N.
+        return jnp.where(jnp.isnan(counts), counts, rate * (2 / self.denominator))
+
+    @property
+    def by_count(self) -> bool:
+        """Whether the factor depends on n_j, and not only on whether that is NaN."""
+        return self.name != "gradient"
+
+
+def samples_and_scale(
+    centers: jax.Array, batch: Batch, rule: Rule, after: Any, axis_name: AxisName
+) -> tuple[Samples, Scale]:
+    """The samples of a batch, whose values are their differences from the centers, and the scale of the rule.
+
+    A distance or weight that is NaN or infinite makes the center NaN, even if the clamp of the loss would cap
+    an infinite distance.
+    """
+    x, labels, used, weights = batch
+    rows, in_range = table.gather_label_rows(centers, labels, x)
+    x = x.astype(rows.dtype)
+    # Written as in the loss, so that XLA computes both once.
+    difference = x - rows
+    distance = _reduce.squared_distance(x, rows, in_range, used)
+    denominator = jnp.ones((), rows.dtype)
+    if rule.name == "gradient" and not rule.summed:
+        # N is the denominator of the loss, computed as in the loss. XLA then computes both once.
+        losses = _loss.sample_losses(x, rows, in_range, used, clip=rule.clip, num_classes=centers.shape[0])
+        _, denominator = _reduce.total_and_number(losses, used, weights, axis_name, counted=used & in_range)
+    used = used & in_range
+    # In float32 counts are exact up to 2**24 samples of a class.
+    counted = jnp.ones_like(distance)
+    if weights is not None:
+        counted = weights.astype(rows.dtype)
+        used = used & (counted != 0)
+        difference = difference * counted[..., None]
+    finite = jnp.isfinite(distance) & jnp.isfinite(counted)
+    per_sample = [difference, jnp.where(finite, counted, np.full((), np.nan, rows.dtype))]
+    if rule.name == "gradient" and rule.clip is not None:
+        # Beyond the clamp, the gradient of the loss is zero.
+        per_sample.append((distance >= rule.clip[0]) & (distance <= rule.clip[1]))
+    classes = table.only_if(used, labels.astype(jnp.int32))
+    mesh = placement.mesh_of(centers, x, labels)
+    classes, difference, counted, *kept = placement.whole_batch(axis_name, mesh, classes, *per_sample)
+    ready = table.true_after(after, axis_name)
+    samples = Samples(classes, difference, counted, kept[0] if kept else None, ready)
+    return samples, Scale(rule.name, rule.rate, denominator)
