@@ -1,7 +1,7 @@
 """Center loss for JAX, with the values of the PyTorch module github.com/KaiyangZhou/pytorch-center-loss.
 
-The loss, and with donated centers `update_centers` and a `row_optimizer`, read and write only the rows of the
-batch's classes.
+The loss reads only the rows of the batch's classes. With donated centers, `update_centers` and a
+`row_optimizer` also write only these.
 """
 
 import importlib

@@ -17,22 +17,27 @@ class Names(NamedTuple):
     x: str = "x"
     labels: str = "labels"
     label: str = "label"
+    order: str = "Labels come after it: (params, x, labels)."
     advice: str = "Pass the features `(..., D)` alone, not a tuple of all outputs of the model."
 
 
 FEATURES = Names()
-GRADIENTS = Names("gradients", "rows", "row", "Pass the gradients `(..., D)`, one for each index in `rows`.")
+GRADIENTS = Names(
+    x="gradients",
+    labels="rows",
+    label="row",
+    order="The order is (params, state, rows, gradients).",
+    advice="Pass the gradients `(..., D)`, one for each index in `rows`.",
+)
 
 
 def as_features(x: ArrayLike, centers: jax.Array, names: Names = FEATURES) -> jax.Array:
     """`x` as an array `(..., D)` of floats, with the D of the centers."""
     advice = names.advice
     if not jax.tree_util.all_leaves([x]) and len(jax.tree.leaves(x)) == 1:
-        advice += (
-            f" If you passed the centers as {names.x}: the order is (params, x), or (params, x, labels)."
-        )
+        advice += f" If you passed the centers as {names.x}: {names.order}"
     x = _checks.as_array(names.x, x, advice)
-    advice = f"Cast it first: `{names.x}.astype(jnp.float32)`. Labels come after it: (params, x, labels)."
+    advice = f"Cast it first: `{names.x}.astype(jnp.float32)`. {names.order}"
     _checks.check_floating(x.dtype, names.x, advice)
     if x.ndim == 0 or x.shape[-1] != centers.shape[-1]:
         raise ValueError(
@@ -47,7 +52,8 @@ class Batch(NamedTuple):
 
     x: jax.Array  # (..., D)
     labels: jax.Array  # (...), integers of at least 32 bits.
-    used: jax.Array  # (...), whether `where` selects the sample and its label is not negative.
+    # (...), whether `where` selects the sample and its label is not negative. One of weight 0 is used here.
+    used: jax.Array
     weights: jax.Array | None  # (...), 0 for an unused sample, NaN for a negative weight.
 
 
@@ -127,7 +133,7 @@ def _as_per_sample(name: str, array: jax.Array, x: jax.Array, names: Names) -> j
 def _check_concrete_values(
     labels: ArrayLike, where: Any, weights: Any, num_classes: int, names: Names
 ) -> None:
-    """Raises on a label `>= C` and on a negative weight, unless one of the arrays is traced.
+    """Raises on a label `>= C` and on a negative weight, where the values are known to this process.
 
     Labels and masks that are on a device are copied to the host for that. Not checked are samples that
     `where` excludes, weights of samples with a negative label, and labels of samples of weight 0.

@@ -57,7 +57,7 @@ def as_arrays(name: str, tree: Any, advice: str) -> Any:
 
 
 def as_after(after: Any) -> Any:
-    """`after`, the values that the program computes from the old centers: see `update_centers`."""
+    """Converts the leaves of `after`, what the program computes from the old centers, to arrays."""
     return as_arrays("after", after, "Pass the loss, or a tree of what is computed from the centers.")
 
 
@@ -194,7 +194,7 @@ def check_reduce_fn(reduce_fn: ReduceFn) -> None:
 
 
 def as_shape(num_classes: int, feat_dim: int) -> tuple[int, int]:
-    """The shape of a table of centers."""
+    """The shape of a table of centers, of sizes that are checked."""
     return _as_size("num_classes", num_classes), _as_size("feat_dim", feat_dim)
 
 

@@ -22,7 +22,7 @@ def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "h
     """Squared distances between each feature vector and every center.
 
     They are computed as `|x|² + |c|² - 2 x·c`, as in KaiyangZhou/pytorch-center-loss, which needs a matrix
-    product and no `(..., C, D)` array. A point between the centers is subtracted from features and
+    product and no `(..., C, D)` array. One of the centers, amid the others, is subtracted from features and
     centers first. That changes no distance, and reduces cancellation when all are far from 0.
 
     Args:
@@ -56,13 +56,16 @@ def _map_sharding(centers: jax.Array, x: jax.Array) -> NamedSharding | None:
 
     If both are sharded over the same mesh axis, the class axis keeps it, and the samples are resharded.
     """
-    batch, table = placement.sharding_of(x, centers), placement.sharding_of(centers, x)
-    if batch is None or table is None:
+    x_sharding = placement.sharding_of(x, centers)
+    centers_sharding = placement.sharding_of(centers, x)
+    if x_sharding is None or centers_sharding is None:
         return None
-    classes = table.spec[0]
+    classes = centers_sharding.spec[0]
     taken = placement.mesh_axes(classes)
-    leading = [tuple(a for a in placement.mesh_axes(entry) if a not in taken) for entry in batch.spec[:-1]]
-    return NamedSharding(batch.mesh, P(*leading, classes))
+    leading = [
+        tuple(a for a in placement.mesh_axes(entry) if a not in taken) for entry in x_sharding.spec[:-1]
+    ]
+    return NamedSharding(x_sharding.mesh, P(*leading, classes))
 
 
 @placement.jit_on_auto_axes(_map_sharding, static_argnames="precision")

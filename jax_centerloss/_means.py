@@ -109,7 +109,7 @@ def _add_batch(state: _State, batch: _batch.Batch) -> _State:
     """The running means with the samples of a batch added."""
     x, labels, used, _ = batch
     num_classes = state.means.shape[0]
-    classes = table.only_if(used & (labels < num_classes), labels.astype(jnp.int32))
+    classes = table.classes_where(used & (labels < num_classes), labels.astype(jnp.int32))
     classes, x = placement.whole_batch(None, placement.mesh_of(state.means, x, labels), classes, x)
     x = x.astype(table.compute_dtype(x, state.means))
     return placement.call_for_platform(_add_samples, state, classes, x)
@@ -120,7 +120,7 @@ def _add_samples(state: _State, labels: jax.Array, x: jax.Array, *, platform: st
     batch = groups.group(labels, means.shape[0], platform)
     new_counts = batch.sum(jnp.ones_like(labels)[:, None])[:, 0]
     has_class = (batch.classes < means.shape[0]) & (new_counts > 0)
-    batch = batch._replace(classes=table.only_if(has_class, batch.classes))
+    batch = batch._replace(classes=table.classes_where(has_class, batch.classes))
     old_counts = table.read(counts, batch)
     share = 1 / jnp.maximum(old_counts + new_counts, 1).astype(x.dtype)
     # A new class starts at its mean in this batch, and not at its old center: that may be far away, and the
@@ -132,14 +132,14 @@ def _add_samples(state: _State, labels: jax.Array, x: jax.Array, *, platform: st
     # The transpose of the sum by class gives each sample the start of its class.
     (start_of_sample,) = jax.linear_transpose(batch.sum, x)(start)
     sums = batch.sum(x - start_of_sample)
-    # Compensated summation: the exact mean so far is `start + lost`.
-    lost = jnp.where(is_old, table.read(remainder, batch).astype(x.dtype), jnp.zeros((), x.dtype))
-    step = lost + share[:, None] * (sums - new_counts.astype(x.dtype)[:, None] * lost)
+    # Compensated summation: the exact mean so far is `start + old_remainder`.
+    old_remainder = jnp.where(is_old, table.read(remainder, batch).astype(x.dtype), jnp.zeros((), x.dtype))
+    step = old_remainder + share[:, None] * (sums - new_counts.astype(x.dtype)[:, None] * old_remainder)
     mean = (start + step).astype(means.dtype)
     added = mean.astype(x.dtype) - start
-    new_lost = (step - added) + (start - (mean.astype(x.dtype) - added))
+    new_remainder = (step - added) + (start - (mean.astype(x.dtype) - added))
     return _State(
         table.write(means, batch, mean),
-        table.write(remainder, batch, new_lost),
+        table.write(remainder, batch, new_remainder),
         table.add(counts, batch, new_counts),
     )

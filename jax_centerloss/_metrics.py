@@ -28,9 +28,10 @@ def center_metrics(
     """How compact the classes of a batch are, how far apart, and whether their centers move.
 
     All distances are Euclidean, not squared, so that they can be compared with each other. Training works if
-    `own_distance` falls below `gap`, the distance to the nearest other center minus `own_distance`. If
-    centers barely move, `moved` is far below `own_distance`; the usual cause is a step that is scaled by the
-    weight of the loss, see `with_center_optimizer`.
+    `own_distance` falls below `gap`, the distance to the nearest other center minus `own_distance`: a sample
+    is then less than half as far from its own center as from another. If centers barely move, `moved` is far
+    below `own_distance`; the usual cause is a step that is scaled by the weight of the loss, see
+    `with_center_optimizer`.
 
     The cost is O(N·D), and for `gap` O(N·min(C, 1024)·D). With more than 1,024 classes only 1,024 evenly
     spaced ones are searched, and `gap` is an upper bound. The derivative of a distance of 0 is 0.
@@ -43,10 +44,11 @@ def center_metrics(
       x: features `(..., D)`, floating point.
       labels: integer classes `(...)`. A negative label leaves its sample out. A label `>= C` raises, unless
         `where` or a weight of 0 leaves its sample out; under `jit`, where labels are not known, it makes
-        `own_distance` and `gap` NaN.
+        `own_distance`, `gap` and `ratio` NaN.
       where: boolean `(...)`, the samples to use; all by default.
       weights: real numbers `(...)`, not negative: a sample of weight k counts as k samples, and a weight of 0
-        leaves its sample out. A negative weight raises; under `jit` it makes `own_distance` and `gap` NaN.
+        leaves its sample out. A negative weight raises; under `jit` it makes `own_distance`, `gap` and
+        `ratio` NaN.
       previous: earlier centers, in the form of `params`: a copy from some steps ago, such as an epoch. The
         array in `params` itself is refused, and so is the state of the same NNX module, which changes with
         the module.
@@ -60,7 +62,8 @@ def center_metrics(
       `"gap"`: how much farther the nearest center of another class is, mean over the samples. It is negative
       for a sample that is nearer to that center, and infinite if there is no other class;
       `"ratio"`: the mean distance to the center of the own class over the mean distance to the nearest other
-      center. It does not depend on the scale of the features: below 1 is good, and 0 best;
+      center. It does not depend on the scale of the features: the lower the better, and 0 if there is no
+      other class;
       `"classes_seen"`: int32, the number of classes of the used samples;
       `"moved"`: the distance of a center to the same row of `previous`, mean over the classes of the used
       samples. Only with `previous`.
@@ -109,7 +112,7 @@ def _compute_metrics(
     ratio = own_distance / jnp.where(is_zero, np.ones((), own.dtype), mean(nearest))
     metrics = {"own_distance": own_distance, "gap": mean(nearest - own), "ratio": ratio}
 
-    classes = table.only_if(used & in_range, labels.astype(jnp.int32))
+    classes = table.classes_where(used & in_range, labels.astype(jnp.int32))
     mesh = placement.mesh_of(centers, x, labels)
     (classes,) = placement.whole_batch(axis_name, mesh, classes)
     return metrics | placement.call_for_platform(_compare_tables, classes, centers, previous)

@@ -107,7 +107,7 @@ def with_center_optimizer(
         if jax.tree.leaves(bare) or _is_container(bare):
             marks = _marks(params, select)
             labels = _labels(marks)
-        else:  # `optax.tree.map_params` passes a placeholder as params.
+        else:  # `optax.tree.map_params` passes a placeholder in place of the tree, which stands for both.
             marks = labels = bare
         return CenterOptimizerState(marks, split_by(labels).init(bare))
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _MOST_DOTS = 20_000  # More dots hide each other and take long to draw.
 _BINS = 200  # The density image has so many pixels along each axis.
-_LEGEND_CLASSES = 20  # The legend lists at most this many classes: their colors can be told apart.
+_LEGEND_CLASSES = 20  # With more classes there is no legend: their colors can't be told apart.
 
 
 def plot(
@@ -31,9 +31,9 @@ def plot(
     larger the weight of the center loss, the more they shrink to clusters around their centers. Arrows from
     `previous` show whether centers move. Both axes have the same scale, since the loss is a distance.
 
-    The legend lists up to 20 classes; `ax.get_legend().remove()` removes it. Features of more dimensions have
-    to be projected first, together with the centers. With scikit-learn:
-    `pca = PCA(2).fit(x)`, then `plot(pca.transform(centers), pca.transform(x), labels)`.
+    With more than 20 classes there is no legend; `ax.get_legend().remove()` removes one. Features of more
+    dimensions have to be projected first, together with the centers. With scikit-learn: `pca =
+    PCA(2).fit(x)`, then `plot(pca.transform(centers), pca.transform(x), labels)`.
 
     Args:
       params: a pytree with one leaf, the `(C, 2)` centers.

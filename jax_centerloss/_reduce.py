@@ -53,7 +53,8 @@ def reduce(
 ) -> jax.Array:
     """The weighted values of samples, 0 for unused ones, or their sum or mean on all devices.
 
-    If the mean is over fewer samples than are summed, `counted` says which.
+    `counted` are the samples in the denominator of the mean, by default the used ones. The loss leaves out
+    labels `>= C`, whose loss is NaN.
     """
     if reduce_fn is None:
         return _weighted(values, used, weights)
@@ -70,7 +71,7 @@ def total_and_number(
     axis_name: AxisName,
     counted: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Both parts of a mean: the weighted sum, and the number of samples or the sum of weights (if 0, 1)."""
+    """Both parts of a mean: the weighted sum, and the number of samples or sum of weights (not 0 but 1)."""
     values = _weighted(values, used, weights)
     ones = (used if counted is None else counted).astype(values.dtype)
     numbers = ones if weights is None else _weighted(ones, used, weights)
@@ -82,6 +83,8 @@ def total_and_number(
 
 @partial(jax.jit, inline=True)
 def _sum_both(values: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if jax.__version_info__ < (0, 10):  # There the other form can't be differentiated inside of `shard_map`.
+        return _sum_both_on(values, numbers, platform="cpu")
     return placement.call_for_platform(_sum_both_on, values, numbers)
 
 

@@ -21,7 +21,7 @@ _STATE_DTYPES = ("bfloat16", "float32", "float64")
 
 
 class RowOptimizer(NamedTuple):
-    """Functions as in `optax.GradientTransformation`: see `row_optimizer`."""
+    """See `row_optimizer`. Unlike optax's, `update` takes a batch and returns moved centers."""
 
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any]]
@@ -182,7 +182,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
     ) -> tuple[jax.Array, Any]:
         if rule is None:
             samples = _gradients_as_samples(centers, batch, after, axis_name)
-            scale: moves.Scale = Partial(jnp.ones_like)
+            scale: moves.ScaleFn = Partial(jnp.ones_like)
         else:
             samples, scale = _rules.samples_and_scale(centers, batch, rule, after, axis_name)
         # On a mesh, the devices would communicate once for each block.
@@ -201,7 +201,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
 def _gradients_as_samples(centers: jax.Array, batch: Batch, after: Any, axis_name: AxisName) -> moves.Samples:
     gradients, rows, used, _ = batch
     gradients = gradients.astype(table.compute_dtype(gradients, centers))
-    classes = table.only_if(used & (rows < centers.shape[0]), rows.astype(jnp.int32))
+    classes = table.classes_where(used & (rows < centers.shape[0]), rows.astype(jnp.int32))
     mesh = placement.mesh_of(centers, gradients, rows)
     classes, gradients = placement.whole_batch(axis_name, mesh, classes, gradients)
     counted = jnp.ones_like(gradients, shape=classes.shape)

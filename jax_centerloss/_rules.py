@@ -28,7 +28,7 @@ class Rule:
 
 
 def as_rule(name: str, alpha: Any, clip: Clip = _checks.CLIP, reduce_fn: ReduceFn = jnp.mean) -> Rule:
-    """Checks the arguments."""
+    """The rule with these arguments, which are checked."""
     _checks.check_choice("rule", name, _checks.RULES)
     rate = jnp.asarray(_checks.as_scalar("alpha", alpha))
     return Rule(name, rate, _checks.as_clip(clip), reduce_fn is jnp.sum)
@@ -64,7 +64,7 @@ class Scale:
 def samples_and_scale(
     centers: jax.Array, batch: Batch, rule: Rule, after: Any, axis_name: AxisName
 ) -> tuple[Samples, Scale]:
-    """The samples of a batch, whose values are their differences from the centers, and the scale of the rule.
+    """The samples of a batch, whose values are their weighted differences from the centers, and the scale.
 
     A distance or weight that is NaN or infinite makes the center NaN, even if the clamp of the loss would cap
     an infinite distance.
@@ -77,7 +77,7 @@ def samples_and_scale(
     distance = _reduce.squared_distance(x, rows, in_range, used)
     denominator = jnp.ones((), rows.dtype)
     if rule.name == "gradient" and not rule.summed:
-        # N is the denominator of the loss, computed as in the loss. XLA then computes both once.
+        # N is the denominator of the loss, computed as in the loss: without weights XLA computes both once.
         losses = _loss.sample_losses(x, rows, in_range, used, clip=rule.clip, num_classes=centers.shape[0])
         _, denominator = _reduce.total_and_number(losses, used, weights, axis_name, counted=used & in_range)
     used = used & in_range
@@ -86,15 +86,19 @@ def samples_and_scale(
     if weights is not None:
         counted = weights.astype(rows.dtype)
         used = used & (counted != 0)
-        difference = difference * counted[..., None]
+        # 0 * NaN would reach the derivative with respect to a weight of 0.
+        difference = jnp.where(used[..., None], difference, jnp.zeros((), rows.dtype)) * counted[..., None]
+    classes = table.classes_where(used, labels.astype(jnp.int32))
+    mesh = placement.mesh_of(centers, x, labels)
+    classes, difference, distance, counted = placement.whole_batch(
+        axis_name, mesh, classes, difference, distance, counted
+    )
     finite = jnp.isfinite(distance) & jnp.isfinite(counted)
-    per_sample = [difference, jnp.where(finite, counted, np.full((), np.nan, rows.dtype))]
+    counted = jnp.where(finite, counted, np.full((), np.nan, rows.dtype))
+    kept = None
     if rule.name == "gradient" and rule.clip is not None:
         # Beyond the clamp, the gradient of the loss is zero.
-        per_sample.append((distance >= rule.clip[0]) & (distance <= rule.clip[1]))
-    classes = table.only_if(used, labels.astype(jnp.int32))
-    mesh = placement.mesh_of(centers, x, labels)
-    classes, difference, counted, *kept = placement.whole_batch(axis_name, mesh, classes, *per_sample)
+        kept = (distance >= rule.clip[0]) & (distance <= rule.clip[1])
     ready = table.true_after(after, axis_name)
-    samples = Samples(classes, difference, counted, kept[0] if kept else None, ready)
+    samples = Samples(classes, difference, counted, kept, ready)
     return samples, Scale(rule.name, rule.rate, denominator)

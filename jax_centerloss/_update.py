@@ -39,9 +39,10 @@ def update_centers(
 
     A sample of weight k counts as k samples in the sums, in `n_j` and in N.
 
-    Call it with the features that the loss gets. The moved centers are differentiable. If a loss function
-    returns them as auxiliary output, no gradient passes through them, and no `jax.lax.stop_gradient` is
-    needed. Under `jit`, donate the centers so that they are written in place.
+    Call it with the features that the loss gets. A feature that is NaN or infinite makes the center of its
+    class NaN. Gradients pass through the move if a loss uses the moved centers; auxiliary outputs of a loss
+    function get none, and need no `jax.lax.stop_gradient`. Under `jit`, donate the centers so that they are
+    written in place.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.

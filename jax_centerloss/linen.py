@@ -124,8 +124,8 @@ class CenterLoss(nn.Module):
             clip=self.clip,
             axis_name=axis_name,
         )
-        is_training = self.is_mutable_collection("centers") and not self.is_initializing()
-        if self.centers_as == "state" and is_training:
+        may_move = self.is_mutable_collection("centers") and not self.is_initializing()
+        if self.centers_as == "state" and may_move:
             table = _checks.as_table(centers)
             batch = _batch.as_batch(x, labels, where, weights, table)
             rule = _rules.as_rule(self.rule, self.alpha, self.clip, self.reduce_fn)

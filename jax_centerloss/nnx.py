@@ -18,7 +18,9 @@ from jax_centerloss._init import OutSharding
 from jax_centerloss._optim import OWNER
 from jax_centerloss._rows.placement import AxisName
 
-_EAGER_SHARDING = hasattr(nnx, "use_eager_sharding")  # Flax 0.12 renamed metadata and places by itself.
+_EAGER_SHARDING = hasattr(
+    nnx, "use_eager_sharding"
+)  # Flax 0.12 has `out_sharding` for `sharding`, and places by it.
 
 
 class Centers(nnx.Variable[jax.Array]):
@@ -142,7 +144,7 @@ class CenterLoss(nnx.Module):
             super().__setattr__(name, value)
 
     def _write_centers(self, value: Any) -> None:
-        """Writes a table into the Variable of the centers, whose dtype and sharding it gets."""
+        """Casts a table to the dtype and sharding of the present centers, and writes it."""
         new = _checks.as_table(value, "centers")
         old = jax.tree.leaves(self.centers)[0]
         _checks.check_declared_shape(new, *old.shape)
@@ -200,6 +202,7 @@ class CenterLoss(nnx.Module):
         _checks.check_declared_shape(centers, self.num_classes, self.feat_dim)
         batch = _batch.as_batch(x, labels, where, weights, centers)
         own_rule = _rules.as_rule(rule, alpha, self.clip, self.reduce_fn)
+        after = _checks.as_after(after)
         centers, batch, own_rule, after = lax.stop_gradient((centers, batch, own_rule, after))
         moved = _update.move(centers, batch, own_rule, self.axis_name, after, rounding_key)
         nnx.update(self, {"centers": moved})

@@ -3,7 +3,7 @@
 Arrays with one entry per class of the batch are indexed by slot. On a CPU or TPU samples are summed by a
 scatter-add, one after the other. On a GPU the samples of one class would contend for its row with atomic
 adds, whose order, and with it the rounding, differs from run to run. There, samples are sorted by class and
-summed in parallel. With few classes, each class sums all samples under a mask.
+summed in parallel; with few classes, each class sums all samples under a mask.
 """
 
 from collections.abc import Callable
@@ -29,14 +29,16 @@ _FEW_CLASSES = 128  # Up to this many classes, a GPU does not sort: each class r
 class Groups(NamedTuple):
     """The classes of a batch of N samples, each with one of S slots. Some slots may have no class."""
 
-    classes: jax.Array  # (S,) int32, the class of each slot, or `NO_CLASS`. No class stands twice.
-    # Sums the `(N, ...)` values of samples by slot, `(S, ...)`. `kept (N,)`, if given, selects samples. On a
-    # GPU the sums of slots without a class have no meaning. Elsewhere `block=(first, size)` returns the sums
-    # of the slots `first` to `first + size - 1` only.
+    # (S,) int32, the class of each slot, or `NO_CLASS`. No class stands twice. Where classes are few, every
+    # class of the table has a slot, even one without samples.
+    classes: jax.Array
+    # Sums the `(N, K)` values of samples by slot, `(S, K)`. `kept (N,)`, if given, selects samples. On a GPU
+    # the sums of slots without a class have no meaning. Elsewhere `block=(first, size)` returns the sums of
+    # the slots `first` to `first + size - 1` only, and values may be `(N,)`.
     sum: Callable[..., jax.Array]
-    # Whether rows are read and written without indices, since S = C and slot j is that of class j. (A GPU
-    # makes more kernels of that.)
-    all_classes: bool
+    # Whether slot j is class j, and rows are read and written as a whole table. On a GPU they are indexed,
+    # which takes fewer kernels.
+    whole_table: bool
 
 
 def group(labels: jax.Array, num_classes: int, platform: str) -> Groups:
@@ -46,18 +48,18 @@ def group(labels: jax.Array, num_classes: int, platform: str) -> Groups:
         # Inside of `shard_map` the classes have to vary over the same mesh axes as the labels.
         classes = jnp.arange(num_classes, dtype=jnp.int32) + jnp.zeros_like(labels, shape=(num_classes,))
         if platform == "gpu":
-            return Groups(classes, partial(_sum_by_masking, labels, classes), all_classes=False)
-        return Groups(classes, partial(_sum_by_scattering, num_classes, labels), all_classes=True)
+            return Groups(classes, partial(_sum_by_masking, labels, classes), whole_table=False)
+        return Groups(classes, partial(_sum_by_scattering, num_classes, labels), whole_table=True)
     if platform == "gpu":
         sorted_labels, order = _sort_by_class(labels)
         classes = jnp.where(_starts_run(sorted_labels), sorted_labels, NO_CLASS)
-        return Groups(classes, partial(_sum_sorted, sorted_labels, order), all_classes=False)
+        return Groups(classes, partial(_sum_sorted, sorted_labels, order), whole_table=False)
     slots = _slot_of_sample(labels, platform)
-    # A sample owns its slot if it stands there. In other slots no class is named: if one stood twice, a write
-    # with `unique_indices=True` would lose all but one of the rows.
+    # A slot is the position of the last sample of its class. Other positions name no class: if one stood
+    # twice, a write with `unique_indices=True` would lose all but one of the rows.
     owns_slot = slots == jnp.arange(labels.size, dtype=jnp.int32)
     classes = jnp.where(owns_slot, labels, NO_CLASS)
-    return Groups(classes, partial(_sum_by_scattering, labels.size, slots), all_classes=False)
+    return Groups(classes, partial(_sum_by_scattering, labels.size, slots), whole_table=False)
 
 
 def count_class_of_sample(
@@ -65,7 +67,7 @@ def count_class_of_sample(
 ) -> jax.Array:
     """For each sample the sum of `counted (N,)` over its class, `(N,)`; 0 without a class. Fast on a CPU.
 
-    Up to `many_classes` for each sample, it is counted in an array of all classes.
+    If C <= `many_classes` * N, it is summed in an array with an entry for every class, else by hashing.
     """
     if known_at_most(num_classes, many_classes * labels.size):
         slots = labels

@@ -12,9 +12,9 @@ from jax_centerloss._rows import groups, table
 from jax_centerloss._rows.groups import NO_CLASS, Groups
 
 _BLOCK_ENTRIES = 2**17  # The sums of a block of slots have so many entries, which fit the cache of a CPU.
-_MANY_CLASSES = 16  # For each sample, from which on a CPU counts samples by hashing.
+_MANY_CLASSES = 16  # With more classes for each sample, samples are counted by hashing.
 
-Scale = Callable[[jax.Array], jax.Array]  # From the counts of classes to the factors of their sums.
+ScaleFn = Callable[[jax.Array], jax.Array]  # From the counts of classes to the factors of their sums.
 
 
 class Samples(NamedTuple):
@@ -22,7 +22,7 @@ class Samples(NamedTuple):
 
     classes: jax.Array  # (N,) int32, the class whose row a sample moves, or `NO_CLASS`.
     values: jax.Array  # (N, D), summed by class.
-    counted: jax.Array  # (N,), as what the sample counts, not 0. NaN makes the whole row of its class NaN.
+    counted: jax.Array  # (N,), as how many it counts, never 0. NaN makes the whole row of its class NaN.
     kept: jax.Array | None  # (N,) bool, or None for all. Other samples count, but add no value.
     ready: jax.Array  # Always True, computed from what has to be read before rows are written.
 
@@ -33,7 +33,7 @@ class RowUpdate(NamedTuple):
     # `update(table, state, batch, sums, seed) -> (table, state)`, with the `(S, D)` sums of the slots of
     # `batch`, a `Groups`.
     update: Callable[..., tuple[jax.Array, Any]]
-    # `with_tables_of(state, other)`: `state` with its parts by row taken from `other`.
+    # `with_tables_of(state, other)`: `state` with its tables taken from `other`.
     with_tables_of: Callable[[Any, Any], Any] = lambda state, other: other
     in_blocks: bool = True  # Whether rows can be updated block by block, since no row depends on another.
 
@@ -45,22 +45,29 @@ def _add(
 
 
 def add_sums(
-    rows: jax.Array, samples: Samples, scale: Scale, seed: jax.Array | None, *, by_count: bool, platform: str
+    rows: jax.Array,
+    samples: Samples,
+    scale: ScaleFn,
+    seed: jax.Array | None,
+    *,
+    by_count: bool,
+    platform: str,
 ) -> jax.Array:
     """The table `rows (C, D)` with the scaled sum of each class added to its row.
 
-    `by_count` is whether `scale` depends on the count of a class, and not only on whether it is NaN.
+    `by_count` is False if `scale` uses a count only to pass on NaN.
     """
-    # With few classes hundreds of samples may meet in a row, and each addition to it is rounded: there, and
-    # in half precision, the sum comes first. It does on a GPU, which would add in an order that differs from
-    # run to run, and on a TPU where samples would have to be counted, which is slow there.
+    # Samples are added one by one, unless classes are few or in half precision: there the sum comes first,
+    # since each addition to a row is rounded, and hundreds of samples may meet in one. So it does on a GPU,
+    # whose order of additions differs from run to run, and on a TPU if samples have to be counted, which is
+    # slow there.
     few_classes = not groups.known_at_most(samples.classes.shape[0] + 1, rows.shape[0])
     slow = platform == "gpu" or (platform == "tpu" and by_count)
     if few_classes or slow or rows.dtype != samples.values.dtype:
         return move_rows(rows, (), samples, scale, seed, row_update=RowUpdate(_add), platform=platform)[0]
     classes, values, counts = samples.classes, samples.values, samples.counted
     if by_count:
-        # An array of all classes is faster while it is small, and smaller than the values.
+        # Counting in an array with an entry for every class pays while that is small, beside the values too.
         many_classes = min(_MANY_CLASSES, rows.shape[1])
         counts = groups.count_class_of_sample(classes, counts, rows.shape[0], many_classes)
     factor = scale(counts)
@@ -69,14 +76,14 @@ def add_sums(
     # The value of a sample without a class may be NaN. It is not added, but would enter the derivative of
     # `factor` as 0 * NaN.
     values = jnp.where((classes != NO_CLASS)[:, None], values, jnp.zeros((), values.dtype))
-    return rows.at[table.only_if(samples.ready, classes)].add(factor[:, None] * values, mode="drop")
+    return rows.at[table.classes_where(samples.ready, classes)].add(factor[:, None] * values, mode="drop")
 
 
 def move_rows(
     rows: jax.Array,
     state: Any,
     samples: Samples,
-    scale: Scale,
+    scale: ScaleFn,
     seed: jax.Array | None,
     *,
     row_update: RowUpdate,
@@ -89,7 +96,7 @@ def move_rows(
     else:
         counts = batch.sum(samples.counted)
     factor = scale(counts)
-    batch = batch._replace(classes=table.only_if((counts != 0) & samples.ready, batch.classes))
+    batch = batch._replace(classes=table.classes_where((counts != 0) & samples.ready, batch.classes))
 
     def update(rows: jax.Array, state: Any, block: Groups, sums: jax.Array, factor: jax.Array) -> Any:
         return row_update.update(rows, state, block, factor[:, None] * sums, seed)
@@ -97,7 +104,7 @@ def move_rows(
     size = max(1, _BLOCK_ENTRIES // rows.shape[1])
     num_slots = batch.classes.shape[0]
     many_slots = row_update.in_blocks and groups.known_at_most(size + 1, num_slots)
-    if platform != "cpu" or batch.all_classes or not many_slots:
+    if platform != "cpu" or batch.whole_table or not many_slots:
         if platform != "gpu":
             sums = batch.sum(samples.values, kept=samples.kept)
         moved: tuple[jax.Array, Any] = update(rows, state, batch, sums, factor)

@@ -154,8 +154,8 @@ def whole_batch(
 ) -> tuple[jax.Array, ...]:
     """Flattens the sample axes, those of `labels`, gathers them over `axis_name`, and replicates on the mesh.
 
-    If the mesh is unknown, only arrays with one number per sample are replicated. XLA then replicates the
-    others itself, since the result of a scatter at replicated indices is replicated.
+    Returns the labels first. If the mesh is unknown, only arrays with one number per sample are replicated:
+    the others XLA replicates itself, where they are scattered at replicated indices.
     """
     ndim = labels.ndim
     arrays = (labels, *arrays)
@@ -168,8 +168,9 @@ def whole_batch(
 def _all_gather(array: jax.Array, axis_name: AxisName) -> jax.Array:
     """`lax.all_gather`, written as a `psum` of disjoint parts.
 
-    Rows have to be replicated if their `out_specs` do not name the axis. `shard_map` knows that the result of
-    a `psum` is replicated. Of `lax.all_gather` it knows that only with `to=`, which JAX 0.7 does not have.
+    If the moved table is returned with `out_specs` that do not name the axis, `shard_map` has to know that it
+    is the same on each device. It knows that of the result of a `psum`. Of that of `lax.all_gather` it does
+    only with `to=`, which JAX 0.7 does not have.
     """
     dtype = jnp.int32 if array.dtype == jnp.bool_ else array.dtype
     parts = jnp.zeros((lax.psum(1, axis_name), *array.shape), dtype)

@@ -30,8 +30,8 @@ _TRIAL = (
     ([7, 3, 4], 1.0),
     ([5, 129, 9], 1e8),
 )
-# These transformations accumulate over calls. The trial can't find them: it restores the rows that a step
-# does not touch.
+# States of transformations that need several calls with the same rows. The trial restores the rows that a
+# step does not touch, and so can't see what such a state would do to them.
 _ACCUMULATES = (optax.MultiStepsState, optax.ApplyEvery, optax.contrib.SAMState, optax.contrib.MechanicState)
 
 
@@ -43,7 +43,7 @@ class Separability(NamedTuple):
 def find_separability(tx: optax.GradientTransformation) -> Separability:
     """Compares steps of `tx` on some rows of a small table with dense steps.
 
-    In each step a gradient is NaN on purpose, which the user's `jax_debug_nans` should not report.
+    Each step is also tried with NaN in a gradient, which the user's `jax_debug_nans` should not report.
     """
     with (
         jax.ensure_compile_time_eval(),
@@ -99,7 +99,7 @@ def _run_trial(tx: optax.GradientTransformation) -> Separability:
 
 
 def _groups_of(classes: jax.Array) -> Groups:
-    return Groups(classes, lambda values: values, all_classes=False)
+    return Groups(classes, lambda values: values, whole_table=False)
 
 
 def _step_by_rows(

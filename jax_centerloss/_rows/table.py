@@ -60,11 +60,11 @@ def _gather_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 def _gather_tangent(
     tangent: jax.Array, index: jax.Array, rows: jax.Array, *, mesh: Any, platform: str
 ) -> jax.Array:
-    """`tangent[index]`, with the sharding of `rows`, written as the transpose of what the backward pass runs.
+    """`tangent[index]`, with the sharding of `rows`. Its transpose is the backward pass, in three parts.
 
-    The backward pass replicates the gradients of samples, sums them by class on a GPU, and adds them to the
-    rows of a table of zeros, once and not in a table for each shard. Only the first two can be transposed by
-    `jax.linear_transpose` on any mesh. JAX itself transposes the third, a gather here.
+    The backward pass (1) replicates the gradients of samples, (2) on a GPU sums them by class, and (3) adds
+    them to rows of one table of zeros, not of one for each shard. Here (1) and (2) are written as they run,
+    and transposed. The gather is the transpose of (3), which `jax.linear_transpose` can't make on every mesh.
     """
     flat = index.reshape(-1)
     if platform == "gpu":
@@ -102,7 +102,7 @@ def gather_class_rows(table: ArrayLike, classes: jax.Array) -> jax.Array:
     """The rows of `classes`, and zeros for a class `>= C`. No class may be negative.
 
     Indices are clipped, since `checkify.index_checks` reports an index out of bounds even with `mode="fill"`.
-    It still reports those that sums by class and writes of rows drop.
+    In sums by class and writes of rows, which drop such indices on purpose, it still reports them.
     """
     table = jnp.asarray(table)
     rows = table.at[jnp.clip(classes, 0, table.shape[0] - 1)].get(mode="promise_in_bounds")
@@ -110,16 +110,20 @@ def gather_class_rows(table: ArrayLike, classes: jax.Array) -> jax.Array:
 
 
 def read(table: ArrayLike, batch: Groups) -> jax.Array:
-    """The row of each slot."""
-    return jnp.asarray(table) if batch.all_classes else gather_class_rows(table, batch.classes)
+    """The row of each slot, and zeros for a slot of a class `>= C`."""
+    if not batch.whole_table:
+        return gather_class_rows(table, batch.classes)
+    table = jnp.asarray(table)
+    in_table = _per_row(batch.classes < table.shape[0], table)
+    return jnp.where(in_table, table, jnp.zeros((), table.dtype))
 
 
 def add(table: jax.Array, batch: Groups, steps: jax.Array, seed: jax.Array | None = None) -> jax.Array:
     """`table` with the step of each slot added to its row. Slots of a class `>= C` are left out.
 
-    With a seed, rows of another dtype than the steps are rounded stochastically.
+    With a seed, a table in half precision gets its rows rounded stochastically.
     """
-    if table.dtype == steps.dtype and not batch.all_classes:
+    if table.dtype == steps.dtype and not batch.whole_table:
         classes = _unique_indices(table, batch.classes)
         return table.at[classes].add(steps, mode="drop", unique_indices=True)
     # A sum with rows in half precision is computed in the dtype of the steps, and rounded once.
@@ -131,12 +135,12 @@ def write(
 ) -> jax.Array:
     """`table` with the row of each slot. Slots of a class `>= C` are left out.
 
-    With a seed, rows in half precision are rounded stochastically. Pass another `table_index` for each table
-    that is written with the same seed.
+    With a seed, a table in half precision gets its rows rounded stochastically. Pass another `table_index`
+    for each table that is written with the same seed.
     """
     table = jnp.asarray(table)
     rows = rounding.round_rows(rows, batch.classes, table.dtype, seed, table_index)
-    if batch.all_classes:
+    if batch.whole_table:
         return jnp.where(_per_row(batch.classes < table.shape[0], rows), rows, table)
     return table.at[_unique_indices(table, batch.classes)].set(rows, mode="drop", unique_indices=True)
 
@@ -157,7 +161,7 @@ def _unique_indices(table: jax.Array, classes: jax.Array) -> jax.Array:
     return jnp.where(classes < table.shape[0], classes, beyond)
 
 
-def only_if(condition: jax.Array, classes: jax.Array) -> jax.Array:
+def classes_where(condition: jax.Array, classes: jax.Array) -> jax.Array:
     """`classes` where `condition` holds, else `NO_CLASS`."""
     return jnp.where(condition, classes, NO_CLASS)
 

@@ -84,7 +84,7 @@ def compute_steps(
         # Makes the write depend on the read. Where new rows do not depend on old ones, as in a state that
         # keeps the last gradient, XLA could otherwise write first, and copy the table for the read.
         was_read = table.true_after(old_rows.reshape(-1)[:1])
-        after = batch._replace(classes=table.only_if(was_read, batch.classes))
+        after = batch._replace(classes=table.classes_where(was_read, batch.classes))
         return table.write(state_table, after, new_rows, seed, next(table_indices))
 
     return steps["centers"], map_tables(tx, write, new_state, row_state, state)
