@@ -18,6 +18,7 @@ class Names(NamedTuple):
     labels: str = "labels"
     label: str = "label"
     order: str = "Labels come after it: (params, x, labels)."
+    arguments: str = "(params, x), or (params, x, labels)"
     advice: str = "Pass the features `(..., D)` alone, not a tuple of all outputs of the model."
 
 
@@ -27,6 +28,7 @@ GRADIENTS = Names(
     labels="rows",
     label="row",
     order="The order is (params, state, rows, gradients).",
+    arguments="(params, state, rows, gradients)",
     advice="Pass the gradients `(..., D)`, one for each index in `rows`.",
 )
 
@@ -35,7 +37,7 @@ def as_features(x: ArrayLike, centers: jax.Array, names: Names = FEATURES) -> ja
     """`x` as an array `(..., D)` of floats, with the D of the centers."""
     advice = names.advice
     if not jax.tree_util.all_leaves([x]) and len(jax.tree.leaves(x)) == 1:
-        advice += f" If you passed the centers as {names.x}: {names.order}"
+        advice += f" If you passed the centers as {names.x}: the order is {names.arguments}."
     x = _checks.as_array(names.x, x, advice)
     advice = f"Cast it first: `{names.x}.astype(jnp.float32)`. {names.order}"
     _checks.check_floating(x.dtype, names.x, advice)
