@@ -18,9 +18,8 @@ from jax_centerloss._init import OutSharding
 from jax_centerloss._optim import OWNER
 from jax_centerloss._rows.placement import AxisName
 
-_EAGER_SHARDING = hasattr(
-    nnx, "use_eager_sharding"
-)  # Flax 0.12 has `out_sharding` for `sharding`, and places by it.
+# Flax 0.12 names the metadata `out_sharding`, not `sharding`, and places a new Variable by it.
+_EAGER_SHARDING = hasattr(nnx, "use_eager_sharding")
 
 
 class Centers(nnx.Variable[jax.Array]):
