@@ -126,9 +126,10 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         after: Any = None,
         rounding_key: jax.Array | None = None,
     ) -> tuple[Any, Any]:
-        batch = _batch.as_batch(x, labels, where, weights, _checks.as_table(params))
+        centers = _checks.as_table(params)
+        batch = _batch.as_batch(x, labels, where, weights, centers)
         # As its gradient, `tx` gets the negative of the step.
-        return move(params, state, batch, _rules.as_rule(rule, -1.0), axis_name, after, rounding_key)
+        return move(params, centers, state, batch, _rules.as_rule(rule, -1.0), axis_name, after, rounding_key)
 
     def apply_gradients(
         params: Any,
@@ -141,12 +142,13 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         after: Any = None,
         rounding_key: jax.Array | None = None,
     ) -> tuple[Any, Any]:
-        table = _checks.as_table(params)
-        batch = _batch.as_batch(gradients, rows, where, None, table, _batch.GRADIENTS)
-        return move(params, state, batch, None, axis_name, after, rounding_key)
+        centers = _checks.as_table(params)
+        batch = _batch.as_batch(gradients, rows, where, None, centers, _batch.GRADIENTS)
+        return move(params, centers, state, batch, None, axis_name, after, rounding_key)
 
     def move(
         params: Any,
+        centers: jax.Array,
         state: Any,
         batch: Batch,
         rule: Rule | None,
@@ -154,7 +156,6 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         after: Any,
         rounding_key: Any,
     ) -> tuple[Any, Any]:
-        centers = _checks.as_table(params)
         _check_state(state, jax.eval_shape(init_state, centers), centers)
         state = _checks.as_arrays("state", state, "Pass on what `update` returns.")
         if rounding_key is None and state_dtype == jnp.bfloat16:

@@ -15,9 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-NO_CLASS = np.iinfo(
-    np.int32
-).max  # The class of a sample or of a slot that has none. No table has such a row.
+NO_CLASS = np.iinfo(np.int32).max  # The class of a sample or slot that has none. No table has such a row.
 NO_SLOT = NO_CLASS  # The slot of a sample without a class.
 _HASH_START, _HASH_STEP = 1640531527, 747796405  # Odd constants of a multiplicative hash.
 _ALL_PAIRS_LIMIT = 2048  # Up to this many samples all pairs are compared; more are sorted.
@@ -32,8 +30,8 @@ class Groups(NamedTuple):
     # (S,) int32, the class of each slot, or `NO_CLASS`. No class stands twice. Where classes are few, every
     # class of the table has a slot, even one without samples.
     classes: jax.Array
-    # Sums the `(N, K)` values of samples by slot, `(S, K)`. `kept (N,)`, if given, selects samples. On a GPU
-    # the sums of slots without a class have no meaning. Elsewhere `block=(first, size)` returns the sums of
+    # Sums the `(N, K)` values of samples by slot, `(S, K)`. On a GPU the sums of slots without a class have
+    # no meaning. Elsewhere `kept (N,)`, if given, selects samples, `block=(first, size)` returns the sums of
     # the slots `first` to `first + size - 1` only, and values may be `(N,)`.
     sum: Callable[..., jax.Array]
     # Whether slot j is class j, and rows are read and written as a whole table. On a GPU they are indexed,
@@ -97,15 +95,9 @@ def _sum_by_scattering(
     return jax.ops.segment_sum(values, slots - first, size)
 
 
-def _sum_by_masking(
-    labels: jax.Array, classes: jax.Array, values: jax.Array, *, kept: jax.Array | None = None
-) -> jax.Array:
+def _sum_by_masking(labels: jax.Array, classes: jax.Array, values: jax.Array) -> jax.Array:
     """Sums `(N, K)` values: each of the classes sums a masked copy of all of them."""
-    return _masked_sum(labels[None] == classes[:, None], _select(values, kept)[None])
-
-
-def _select(values: jax.Array, kept: jax.Array | None) -> jax.Array:
-    return values if kept is None else jnp.where(kept[:, None], values, jnp.zeros((), values.dtype))
+    return _masked_sum(labels[None] == classes[:, None], values[None])
 
 
 def _masked_sum(mask: jax.Array, values: jax.Array) -> jax.Array:
@@ -142,11 +134,9 @@ def _changes(sorted_labels: jax.Array) -> jax.Array:
     return sorted_labels[1:] != sorted_labels[:-1]
 
 
-def _sum_sorted(
-    sorted_labels: jax.Array, order: jax.Array, values: jax.Array, *, kept: jax.Array | None = None
-) -> jax.Array:
+def _sum_sorted(sorted_labels: jax.Array, order: jax.Array, values: jax.Array) -> jax.Array:
     """Sums `(N, K)` values of samples that `order` sorts by class. A class's sum is where its run begins."""
-    values = _select(values, kept).at[order].get(mode="promise_in_bounds", unique_indices=True)
+    values = values.at[order].get(mode="promise_in_bounds", unique_indices=True)
     if not known_at_most(order.size, _ALL_PAIRS_LIMIT):
         # Without the barrier XLA fuses this gather into the sum, and repeats it for every row of a block.
         # With few samples that is still cheaper than one more kernel.

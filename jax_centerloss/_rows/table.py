@@ -106,7 +106,7 @@ def gather_class_rows(table: ArrayLike, classes: jax.Array) -> jax.Array:
     """
     table = jnp.asarray(table)
     rows = table.at[jnp.clip(classes, 0, table.shape[0] - 1)].get(mode="promise_in_bounds")
-    return jnp.where(_per_row(classes < table.shape[0], rows), rows, jnp.zeros((), rows.dtype))
+    return _zeros_unless(classes < table.shape[0], rows)
 
 
 def read(table: ArrayLike, batch: Groups) -> jax.Array:
@@ -114,8 +114,11 @@ def read(table: ArrayLike, batch: Groups) -> jax.Array:
     if not batch.whole_table:
         return gather_class_rows(table, batch.classes)
     table = jnp.asarray(table)
-    in_table = _per_row(batch.classes < table.shape[0], table)
-    return jnp.where(in_table, table, jnp.zeros((), table.dtype))
+    return _zeros_unless(batch.classes < table.shape[0], table)
+
+
+def _zeros_unless(mask: jax.Array, rows: jax.Array) -> jax.Array:
+    return jnp.where(_per_row(mask, rows), rows, jnp.zeros((), rows.dtype))
 
 
 def add(table: jax.Array, batch: Groups, steps: jax.Array, seed: jax.Array | None = None) -> jax.Array:
