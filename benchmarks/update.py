@@ -323,14 +323,20 @@ def draw_one(path: Path, results: dict[Cell, dict[str, float]], n: int = 1024, d
     if not any(cell[:2] == (n, d) for cell in results):
         n, d = next(iter(results))[:2]
     figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    ends: dict[str, tuple[float, float]] = {}
     for name, (color, label) in SHOWN.items():
         points = [(cell[2], t[name] * 1e3) for cell, t in results.items() if cell[:2] == (n, d) and name in t]
         if points:
             ours = name in OURS
             line = ":" if name == "rows" else "-"
             ax.plot(*zip(*points, strict=True), line, color=color, marker="o", linewidth=3 if ours else 1.8)
+            ends[name] = points[-1]
+            # Of two lines that end within a third of each other, the lower one's name stands lower.
+            close = [y for x, y in ends.values() if x == points[-1][0] and y > points[-1][1] > y / 1.5]
+            below = [y for x, y in ends.values() if x == points[-1][0] and y < points[-1][1] < y * 1.5]
+            shift = -7 if close else 7 if below else 0
             style = {"color": color, "va": "center", "weight": "bold" if ours else "normal"}
-            ax.annotate(label, points[-1], (8, 0), textcoords="offset points", **style)
+            ax.annotate(label, points[-1], (8, shift), textcoords="offset points", **style)
     ax.set(xscale="log", yscale="log", xlabel="number of classes", ylabel="milliseconds a step")
     ax.set_title(f"A step of {n:,} samples with {d} features", loc="left")
     for values in (ax.xaxis, ax.yaxis):
