@@ -89,31 +89,55 @@ def as_batch(
 
 
 def _as_class_indices(labels: ArrayLike, x: jax.Array, names: Names) -> jax.Array:
-    advice = "Pass integer classes: `np.unique(names, return_inverse=True)[1]` converts names."
+    advice = (
+        "Pass integer classes, -1 for a missing one. Number names once, for the whole data set: "
+        "`names, labels = np.unique(all_names, return_inverse=True)`."
+    )
     classes = _checks.as_array(names.labels, labels, advice)
+    # Code that a user can copy: JAX's functions inside of `jit`, and NumPy's for what JAX's do not accept.
+    is_array = isinstance(labels, jax.Array | np.ndarray)
+    given = names.labels if is_array else f"np.asarray({names.labels})"
+    numpy = "jnp" if isinstance(labels, jax.Array) else "np"
+    one_hot = (
+        "One-hot or soft labels become class indices, and rows without a label -1, by "
+        f"`{numpy}.where({given}.max(-1) > 0, {given}.argmax(-1), -1)`."
+    )
     if not jnp.issubdtype(classes.dtype, jnp.integer):
-        advice = (
-            f"Cast them: `{names.labels}.astype(int)`. A mask of samples goes into `where`, weights into "
-            "`weights`."
-            if classes.shape == x.shape[:-1]
-            else f"One-hot or soft labels become class indices with `jnp.argmax({names.labels}, -1)`."
+        advice = _cast_advice(classes, f"{numpy}.nan_to_num({given}, nan=-1).astype(int)")
+        raise TypeError(
+            f"{names.labels} must be integers, got {classes.dtype.name}"
+            + (advice if classes.shape == x.shape[:-1] else f". {one_hot}")
         )
-        raise TypeError(f"{names.labels} must be integers, got {classes.dtype.name}. {advice}")
     if classes.shape != x.shape[:-1]:
         raise ValueError(
             f"{names.labels} must have the leading dimensions of {names.x}, got {names.labels} "
-            f"{classes.shape} and {names.x} {x.shape}: expected {names.labels} {x.shape[:-1]}. One-hot "
-            f"labels become class indices with `jnp.argmax({names.labels}, -1)`, a column of labels with "
-            f"`{names.labels}[:, 0]`."
+            f"{classes.shape} and {names.x} {x.shape}: expected {names.labels} {x.shape[:-1]}. A column of "
+            f"labels is `{given}[:, 0]`. {one_hot}"
         )
     if classes.dtype.itemsize < 4:  # 8 and 16 bits may not hold the number of classes.
         classes = classes.astype(jnp.int32)
     return placement.reshard_like_samples(classes, x)
 
 
+def _cast_advice(numbers: jax.Array, cast: str) -> str:
+    """How labels that are no integers become some, with the number of missing ones if it is known."""
+    missing = ""
+    if _checks.is_concrete(numbers) and jnp.issubdtype(numbers.dtype, jnp.floating):
+        values = np.asarray(numbers, np.float64)
+        number = np.isnan(values).sum()
+        if (np.isinf(values) | (np.floor(values) != values) & ~np.isnan(values)).any():
+            return ", and some are no whole numbers. Weights go into `weights`."
+        missing = f", {number} of them missing (NaN)" if number else ""
+    return (
+        f"{missing}. Cast them, missing ones to -1: `{cast}`. A mask of samples goes into `where`, weights "
+        "into `weights`."
+    )
+
+
 def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
     """`weights` in float32 or float64, one per sample."""
-    if _checks.is_numpy_like(weights) and np.asarray(weights).dtype.kind in "iu":
+    _checks.check_plain("weights", weights)
+    if _checks.is_numpy_like(weights) and _checks.as_numpy(weights).dtype.kind in "iu":
         weights = np.asarray(weights, np.float64)  # `as_array` may clip integers to 32 bits.
     given = _checks.as_array("weights", weights, "Pass numbers, one for each label.")
     if not (jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)):
@@ -142,12 +166,12 @@ def _check_concrete_values(
     """
     if not (_checks.is_concrete(labels) and _checks.is_concrete(where)):
         return
-    values = np.asarray(labels)
-    used = np.broadcast_to(True if where is None else np.asarray(where), values.shape)
+    values = _checks.as_numpy(labels)
+    used = np.broadcast_to(True if where is None else _checks.as_numpy(where), values.shape)
     if weights is not None:
         if not _checks.is_concrete(weights):
             return
-        numbers = np.asarray(weights)
+        numbers = _checks.as_numpy(weights)
         negative = (numbers < 0) & used & (values >= 0)
         if negative.any():
             raise ValueError(

@@ -24,15 +24,21 @@ CENTERS_AS = ("param", "state")  # What the centers of a Flax module are.
 FLOAT_ADVICE = "Centers are floating point: use jnp.float32 or jnp.bfloat16, for example."
 
 
+# How a mask of these arguments leaves samples out.
+_LEFT_OUT = ".astype(int).filled(-1)"
+_FILLED = {"labels": _LEFT_OUT, "rows": _LEFT_OUT, "where": ".filled(False)", "weights": ".filled(0)"}
+
+
 def as_array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.Array:
     """Returns the argument `name` as a JAX array. A NumPy array is copied.
 
     On a CPU JAX would use the memory of an aligned NumPy array, and might read it after the call has
     returned. A data loader may have overwritten it by then.
     """
+    check_plain(name, value)
     try:
         if is_numpy_like(value):
-            value = np.asarray(value).copy()
+            value = as_numpy(value).copy()
             if value.dtype.kind in "iu":
                 # Without x64 JAX converts int64 to int32 modulo 2**32, and a huge label could become a valid
                 # one. A clipped label stays out of range.
@@ -41,14 +47,51 @@ def as_array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.
         return jnp.asarray(value)
     except jax.errors.JAXTypeError:  # JAX's error about a tracer says more.
         raise
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TypeError(f"{name} must be {kind}, got {describe(value)}. {advice}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError, BufferError) as error:
+        # Other libraries say what to do, for example about a tensor that requires a gradient.
+        cause = f" ({first_line(error)})" if is_numpy_like(value) and type(value) is not np.ndarray else ""
+        raise TypeError(f"{name} must be {kind}, got {describe(value)}{cause}. {advice}") from error
 
 
 def is_numpy_like(value: Any) -> bool:
     """Whether `value` is a NumPy array, or converts to one, and is not a JAX array."""
     converts = hasattr(value, "__array__") and not hasattr(value, "__jax_array__")
     return converts and not isinstance(value, jax.Array)
+
+
+def first_line(error: Exception) -> str:
+    return next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
+
+
+def as_numpy(value: Any) -> np.ndarray[Any, Any]:
+    """`np.asarray`, in the machine's byte order and in a dtype that JAX has."""
+    try:
+        array = np.asarray(value)
+    except TypeError:  # A torch tensor in bfloat16, which NumPy does not have, or on another device.
+        if not hasattr(value, "__dlpack__"):
+            raise
+        array = np.asarray(jnp.from_dlpack(value))
+    if array.dtype == np.longdouble:
+        return array.astype(np.float64)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def check_plain(name: str, value: Any) -> None:
+    """Raises for an array, or a list with one, whose mask or unit `np.asarray` would drop."""
+    for leaf in jax.tree.leaves(value) if isinstance(value, list | tuple) else [value]:
+        if isinstance(leaf, np.ma.MaskedArray):
+            advice = (
+                f"`{name}{_FILLED[name]}` leaves masked samples out."
+                if name in _FILLED
+                else "Leave masked samples out, for example by `x=x.filled(0)` with "
+                "`where=~np.ma.getmaskarray(x).any(-1)`."
+            )
+            raise TypeError(f"{name} must not be a masked array, of which JAX would drop the mask. {advice}")
+        if any(hasattr(type(leaf), attribute) for attribute in ("unit", "units")):
+            raise TypeError(
+                f"{name} must be plain numbers, got {type(leaf).__name__}, whose unit would be dropped. Pass "
+                "the numbers in one unit for features and centers."
+            )
 
 
 def as_arrays(name: str, tree: Any, advice: str) -> Any:
@@ -76,12 +119,17 @@ def describe(value: Any) -> str:
 
 def check_floating(dtype: DTypeLike, name: str, advice: str | None = None) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            advice = f"Pass real and imaginary parts: `jnp.concatenate([{name}.real, {name}.imag], axis=-1)`."
         advice = advice or f"Cast it first, for example `{name}.astype(jnp.float32)`."
         raise TypeError(f"{name} must be floating point, got {jnp.dtype(dtype).name}. {advice}")
 
 
-def as_table(params: Any, name: str = "params") -> jax.Array:
-    """Returns the one leaf of `params`, and raises unless it is a `(C, D)` table of floats."""
+def as_table(params: Any, name: str = "params", advice: str = "") -> jax.Array:
+    """Returns the one leaf of `params`, and raises unless it is a `(C, D)` table of floats.
+
+    `advice` is what an error adds if `params` has more leaves.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if len(leaves) != 1:
         found = ", ".join(jax.tree_util.keystr(path) for path, _ in leaves[:8]) or "none"
@@ -90,6 +138,7 @@ def as_table(params: Any, name: str = "params") -> jax.Array:
             f"{', ...' if len(leaves) > 8 else ''}. Pass the part of the tree that holds the centers alone: "
             'a dict {"centers": array}, an NNX module or its state, or for Linen '
             '`variables["params"]["<module>"]` (`variables["centers"]["<module>"]` if centers are state).'
+            f"{advice}"
         )
     centers = as_array(
         f"the leaf of {name}",

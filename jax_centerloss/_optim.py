@@ -55,15 +55,18 @@ def with_center_optimizer(
 
     The gradient of `cross_entropy + lam * center_loss` with respect to the centers is proportional to `lam`.
     `weight=lam` divides by `lam`, so that the learning rate of the centers does not depend on it. Without
-    `weight`, SGD moves the centers `lam` times as far. Chain the clipping of gradients into `tx`: around this
-    transformation, the norm would include the gradient of the centers.
+    `weight`, SGD moves the centers `lam` times as far. If `lam` is a schedule, both have to take it at the
+    same step. In the loss, take it at this transformation's own: `lam(optax.tree_utils.tree_get(opt_state,
+    "step"))`. Other counters, such as `optimizer.step` or that of a `TrainState`, count calls: under
+    `optax.MultiSteps` or `optax.apply_if_finite`, or with a new optimizer, they run ahead. Chain the clipping
+    of gradients into `tx`: around this transformation, the norm would include the gradient of the centers.
 
     Args:
       tx: the model's optimizer.
       centers: the centers' optimizer; `optax.sgd(0.5)` by default.
       weight: the weight `lam` of the center loss, by which the gradient of the centers is divided: a number,
-        or an optax schedule of the number of updates so far. While it is 0, the centers and the state of
-        their optimizer do not change. By default nothing is divided.
+        or an optax schedule of the number of updates so far, which the state holds as `"step"`. While it is
+        0, the centers and the state of their optimizer do not change. By default nothing is divided.
       select: `select(path, leaf)` returns whether a leaf holds centers. `path` is the tuple of the keys,
         attribute names and indices that lead to the leaf, such as `("loss", "centers")`. Only `init` calls
         it.
@@ -103,20 +106,18 @@ def with_center_optimizer(
         return optax.partition(chains, lambda _: labels)
 
     def init(params: Any) -> CenterOptimizerState:
-        bare = _bare(params)
-        if jax.tree.leaves(bare) or _is_container(bare):
+        if jax.tree.leaves(params) or _is_container(params):
             marks = _marks(params, select)
             labels = _labels(marks)
         else:  # `optax.tree.map_params` passes a placeholder in place of the tree, which stands for both.
-            marks = labels = bare
-        return CenterOptimizerState(marks, split_by(labels).init(bare))
+            marks = labels = params
+        return CenterOptimizerState(marks, split_by(labels).init(params))
 
     def update(
         updates: Any, state: CenterOptimizerState, params: Any = None, **extra: Any
     ) -> tuple[Any, CenterOptimizerState]:
         split = split_by(_labels(state.centers))
-        new_updates, inner = split.update(_bare(updates), state.inner, _bare(params), **extra)
-        new_updates = jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(new_updates))
+        new_updates, inner = split.update(updates, state.inner, params, **extra)
         return new_updates, CenterOptimizerState(state.centers, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -210,11 +211,6 @@ def _labels(marks: Any) -> Any:
     return jax.tree.map(
         lambda mark: "centers" if isinstance(mark, optax.EmptyState) else "model", marks, is_leaf=is_mark
     )
-
-
-def _bare(tree: Any) -> Any:
-    """The tree without Flax's Variables, inside of which optax would not find its `MaskedNode`s."""
-    return jax.tree.map(_content, tree, is_leaf=_is_variable)
 
 
 def _is_variable(node: Any) -> bool:

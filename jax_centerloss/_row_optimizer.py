@@ -110,7 +110,11 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
     init_state = partial(transform.init_state, tx, state_dtype=state_dtype)
 
     def init(params: Any) -> Any:
-        centers = _checks.as_table(params)
+        advice = (
+            " A row optimizer is no optax transformation: nnx.Optimizer and TrainState take "
+            "`with_center_optimizer(tx)`, or for centers that are state the model's own optimizer."
+        )
+        centers = _checks.as_table(params, advice=advice)
         return transform.place_state(init_state(centers), centers)
 
     def update(

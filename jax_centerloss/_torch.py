@@ -59,6 +59,7 @@ def from_torch(source: Source | Any, *, key: str = "centers") -> dict[str, jax.A
         name, tensor = repr(key), tensors[key]
     else:
         name, tensor, contents = "source", source, "."
+    _checks.check_plain(name, tensor)
     try:
         array = _copy(tensor)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -124,7 +125,7 @@ def _load(path: str, key: str) -> Any:
         # A refusal is a `pickle.UnpicklingError`. Its name is compared, so that pickle need not be imported.
         if type(error).__name__ != "UnpicklingError":
             raise ValueError(
-                f"{path!r} can't be read: {type(error).__name__}: {_first_line(error)}"
+                f"{path!r} can't be read: {type(error).__name__}: {_checks.first_line(error)}"
             ) from error
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"since it holds {found[1]}" if found else "since it is no pickle of tensors"
@@ -144,7 +145,9 @@ def _load_safetensors(path: str, key: str) -> dict[str, Any]:
             names = file.keys()
             return {name: file.get_tensor(name) if name == key else _Unread(file, name) for name in names}
     except (SafetensorError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path!r} can't be read: {type(error).__name__}: {_first_line(error)}") from error
+        raise ValueError(
+            f"{path!r} can't be read: {type(error).__name__}: {_checks.first_line(error)}"
+        ) from error
 
 
 class _Unread:
@@ -153,10 +156,6 @@ class _Unread:
     def __init__(self, file: Any, name: str) -> None:
         part = file.get_slice(name)
         self.shape, self.dtype = part.get_shape(), part.get_dtype()
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
 
 
 def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -190,4 +189,4 @@ def _copy(value: Any) -> np.ndarray[Any, Any]:
         return value.float().numpy().astype(jnp.bfloat16) if half else np.array(value.numpy())
     if not hasattr(value, "dtype"):
         raise TypeError("not a tensor")
-    return np.array(value)
+    return _checks.as_numpy(value).copy()

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import spmd
 from jax import lax
 from jax.experimental.layout import Format
 from jax.nn.initializers import normal
@@ -26,7 +27,7 @@ class Centers(nnx.Variable[jax.Array]):
     """The type of centers that are state. An optimizer of parameters, `nnx.Param`, leaves them alone."""
 
 
-def _sharding_metadata(out_sharding: OutSharding | None) -> dict[str, Any]:
+def _sharding_metadata(out_sharding: Any) -> dict[str, Any]:
     """The metadata by which Flax places a variable, and the optimizer's state that is made from it."""
     if out_sharding is None:
         return {}
@@ -35,6 +36,14 @@ def _sharding_metadata(out_sharding: OutSharding | None) -> dict[str, Any]:
     if isinstance(sharding, NamedSharding):
         return {name: sharding.spec, "mesh": sharding.mesh}
     return {name: sharding} if isinstance(sharding, PartitionSpec) else {}
+
+
+def _on_mesh(out_sharding: Any) -> Any:
+    """`out_sharding` with logical names replaced by mesh axes, by the rules that are set for Flax."""
+    if not isinstance(out_sharding, PartitionSpec):
+        return out_sharding
+    names: Any = out_sharding
+    return PartitionSpec(*spmd.from_sharding_rules(names, spmd.get_logical_axis_rules()))
 
 
 def _is_of_center_loss(value: Any, kind: Any) -> bool:
@@ -60,7 +69,8 @@ class CenterLoss(nnx.Module):
         `update_centers` or a `jax_centerloss.row_optimizer` moves. It is no parameter, and has a gradient
         only for `nnx.grad` with `argnums=nnx.DiffState(0, Centers)`.
       out_sharding: see `jax_centerloss.init_centers`. It is also set as the metadata that
-        `nnx.get_partition_spec` reads.
+        `nnx.get_partition_spec` reads. As in `nnx.Param`, it may be a tuple, and name logical axes that
+        `nnx.logical_axis_rules` maps to those of the mesh.
       rngs: the `params` stream draws the centers.
 
     Raises:
@@ -97,7 +107,7 @@ class CenterLoss(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         centers_init: jax.nn.initializers.Initializer = normal(1.0),
         centers_as: str = "param",
-        out_sharding: OutSharding | None = None,
+        out_sharding: OutSharding | tuple[Any, ...] | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         _checks.check_module(
@@ -109,17 +119,21 @@ class CenterLoss(nnx.Module):
             param_dtype=param_dtype,
             centers_init=centers_init,
         )
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs must be nnx.Rngs, such as `nnx.Rngs(0)`, got {_checks.describe(rngs)}.")
         self.num_classes, self.feat_dim = _checks.as_shape(num_classes, feat_dim)
         self.clip = clip
         self.reduce_fn = reduce_fn
         self.axis_name = axis_name
+        if type(out_sharding) is tuple:
+            out_sharding = PartitionSpec(*out_sharding)
         drawn = _init.init_centers(
             rngs.params(),
             num_classes,
             feat_dim,
             initializer=centers_init,
             dtype=param_dtype,
-            out_sharding=out_sharding,
+            out_sharding=_on_mesh(out_sharding),
         )
         kind = nnx.Param if centers_as == "param" else Centers
         metadata: dict[str, Any] = OWNER | _sharding_metadata(out_sharding)
@@ -145,12 +159,17 @@ class CenterLoss(nnx.Module):
     def _write_centers(self, value: Any) -> None:
         """Casts a table to the dtype and sharding of the present centers, and writes it."""
         new = _checks.as_table(value, "centers")
-        old = jax.tree.leaves(self.centers)[0]
+        old = self.centers[...]
         _checks.check_declared_shape(new, *old.shape)
         new = new.astype(old.dtype)
         if isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer):
             new = jax.device_put(new, old.sharding)
         nnx.update(self, {"centers": new})
+
+    def _table(self) -> jax.Array:
+        centers = _checks.as_table(self.centers[...])  # By index, since the Variable may hold a `jax.Ref`.
+        _checks.check_declared_shape(centers, self.num_classes, self.feat_dim)
+        return centers
 
     def __call__(
         self,
@@ -161,8 +180,7 @@ class CenterLoss(nnx.Module):
         weights: ArrayLike | None = None,
     ) -> jax.Array:
         """The loss of features `(..., D)` with integer labels `(...)`: see `jax_centerloss.center_loss`."""
-        centers = _checks.as_table(self.centers)
-        _checks.check_declared_shape(centers, self.num_classes, self.feat_dim)
+        centers = self._table()
         return _loss.center_loss(
             centers,
             x,
@@ -197,8 +215,7 @@ class CenterLoss(nnx.Module):
         leaves them alone. `"gradient"` is the gradient of the loss of this module, with its `clip` (of the
         sum for `reduce_fn=jnp.sum`, otherwise of the mean).
         """
-        centers = _checks.as_table(self.centers)
-        _checks.check_declared_shape(centers, self.num_classes, self.feat_dim)
+        centers = self._table()
         batch = _batch.as_batch(x, labels, where, weights, centers)
         own_rule = _rules.as_rule(rule, alpha, self.clip, self.reduce_fn)
         after = _checks.as_after(after)

@@ -1,6 +1,7 @@
 """What real programs do: situations from public reports, written anew, each with its source."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -687,7 +688,11 @@ WORDS = {
         TypeError,
         "labels must be an array, got a list",
     ),
-    "float labels": (lambda: jcl.center_loss(TABLE, X, Y.astype(float)), TypeError, r"labels\.astype\(int\)"),
+    "float labels": (
+        lambda: jcl.center_loss(TABLE, X, Y.astype(float)),
+        TypeError,
+        r"nan_to_num\(labels, nan=-1\)\.astype\(int\)",
+    ),
     "one-hot labels": (
         lambda: jcl.center_loss(TABLE, X, np.eye(5, dtype=np.float32)[Y]),
         TypeError,
@@ -860,3 +865,261 @@ def test_large_rates_of_the_gradient_rule_run_off_and_the_papers_does_not():
         near = jcl.update_centers(near, x, labels, rule="paper", alpha=0.5)
     assert abs(far[0, 0]) > 1e5
     assert abs(near[0, 0]) < 1e-4
+
+
+# Arrays of other libraries count as what they are, or are refused by name.
+
+
+class Metres(np.ndarray):
+    """As an array of astropy, pint or unyt: numbers with a unit, of which np.asarray keeps the numbers."""
+
+    unit = "m"
+
+
+CENTERS = np.zeros((4, 2), np.float32)
+POINTS, OWN = np.array([[1, 1], [5, 5], [2, 2]], np.float32), np.array([0, 1, 2])
+FUNCTIONS = {
+    "center_loss": jcl.center_loss,
+    "update_centers": jcl.update_centers,
+    "center_metrics": jcl.center_metrics,
+    "distance_map": lambda params, x, labels: jcl.distance_map(params, x),
+    "nearest_center": lambda params, x, labels: jcl.nearest_center(params, x),
+    "init_from_features": lambda params, x, labels: jcl.init_from_features(params, [(x, labels)]),
+    "check_batch": jcl.check_batch,
+    "plot": jcl.plot,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_mask_or_a_unit_is_never_dropped(name):
+    # numpy.ma keeps what np.asarray drops: JAX refuses such arrays, and so does every function here.
+    for index in range(3):
+        for kind in (lambda a: np.ma.masked_array(a, mask=np.zeros_like(a, bool)), lambda a: a.view(Metres)):
+            given = [CENTERS, POINTS, OWN]
+            if index == 2 and name in ("distance_map", "nearest_center"):
+                continue
+            given[index] = kind(given[index])
+            with pytest.raises(TypeError, match=r"masked array|unit would be dropped"):
+                FUNCTIONS[name](*given)
+
+
+def test_masks_of_masks_weights_and_checkpoints_are_not_dropped():
+    mask = [False, True, False]
+    want = jcl.center_loss(CENTERS, POINTS, OWN, where=np.logical_not(mask))
+    for name, value in {"where": np.ones(3, bool), "weights": np.ones(3)}.items():
+        masked = np.ma.masked_array(value, mask=mask)
+        with pytest.raises(TypeError, match=f"{name} must not be a masked array") as raised:
+            jcl.center_loss(CENTERS, POINTS, OWN, **{name: masked})
+        followed = eval(code_of(raised.value)[0], {name: masked})
+        np.testing.assert_array_equal(jcl.center_loss(CENTERS, POINTS, OWN, **{name: followed}), want)
+    with pytest.raises(TypeError, match="masked"):
+        jcl.from_torch({"centers": np.ma.masked_array(CENTERS, mask=CENTERS == 0)})
+    with pytest.raises(TypeError, match="masked"):
+        jcl.center_loss(CENTERS, POINTS, [np.ma.masked, 1, 2])
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", np.longdouble])
+def test_numbers_of_a_foreign_byte_order_count(dtype):
+    # FITS, MATLAB and HDF5 files hold big-endian numbers.
+    centers = np.arange(8, dtype=np.float32).reshape(4, 2)
+    want = np.mean((POINTS.astype(float) - centers[OWN]) ** 2 @ np.ones(2))
+    for given in (
+        (centers.astype(dtype), POINTS, OWN),
+        (centers, POINTS.astype(dtype), OWN.astype(">i2")),
+        (jcl.from_torch({"centers": centers.astype(dtype)}), POINTS, OWN.astype(">i8")),
+    ):
+        np.testing.assert_allclose(jcl.center_loss(*given, clip=None), want, rtol=1e-6)
+    weights = np.array([1, 0, 2], ">i4")
+    got, like = (jcl.center_loss(centers, POINTS, OWN, weights=w) for w in (weights, weights.tolist()))
+    np.testing.assert_array_equal(got, like)
+
+
+# Every piece of advice, followed to the letter.
+
+
+def code_of(error):
+    return re.findall("`([^`]*)`", str(error))
+
+
+NAN = float("nan")
+SOFT = np.array([[1, 0, 0, 0], [0, 0, 0, 0], [0, 0.2, 0.8, 0]], np.float32)  # One row has no label.
+# How labels are given, and which classes they mean.
+LABELS = {
+    "missing": (np.array([0, NAN, 2], np.float32), [0, -1, 2]),
+    "missing in a list": ([0.0, NAN, 2.0], [0, -1, 2]),
+    "missing on a device": (jnp.array([0, NAN, 2]), [0, -1, 2]),
+    "whole": (np.array([0.0, 1.0, 2.0]), [0, 1, 2]),
+    "soft": (SOFT, [0, -1, 2]),
+    "soft on a device": (jnp.asarray(SOFT), [0, -1, 2]),
+    "soft in a list": (SOFT.tolist(), [0, -1, 2]),
+    "one-hot": (np.ceil(SOFT[:2]).astype(int)[[0, 1, 0]], [0, -1, 0]),
+    "a column": (OWN[:, None], OWN),
+    "masked": (np.ma.masked_array(OWN.astype(np.uint8), mask=[False, True, False]), [0, -1, 2]),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_advice_on_labels_leads_to_the_right_classes(name):
+    labels, classes = LABELS[name]
+    names = {"labels": labels, "np": np, "jnp": jnp}
+    with pytest.raises((TypeError, ValueError)) as raised:
+        jcl.center_loss(CENTERS, POINTS, labels)
+    assert "1 of them missing" in str(raised.value) if name.startswith("missing") else True
+    column, *others = (code for code in code_of(raised.value) if code not in ("where", "weights"))
+    followed = eval(others[0] if others and name != "a column" else column, names)
+    want = np.mean(np.sum(POINTS[np.array(classes) >= 0] ** 2, 1))
+    np.testing.assert_allclose(jcl.center_loss(CENTERS, POINTS, followed, clip=None), want, rtol=1e-6)
+
+
+def test_labels_that_are_no_whole_numbers_get_no_advice_to_cast_them():
+    for bad in ([0.5, 1.0, 2.0], [0.0, np.inf, 2.0]):
+        with pytest.raises(TypeError, match="some are no whole numbers") as raised:
+            jcl.center_loss(CENTERS, POINTS, np.array(bad))
+        assert "astype" not in str(raised.value)
+
+
+def test_advice_inside_of_jit():
+    with pytest.raises(TypeError, match="must be integers") as raised:
+        jax.jit(jcl.center_loss)(CENTERS, POINTS, jnp.array([0, NAN, 2]))
+    cast = code_of(raised.value)[0]
+
+    @jax.jit
+    def loss(labels):
+        return jcl.center_loss(CENTERS, POINTS, eval(cast, {"labels": labels, "jnp": jnp}), clip=None)
+
+    np.testing.assert_allclose(loss(jnp.array([0, NAN, 2])), (2 + 8) / 2, rtol=1e-6)
+    assert np.isnan(loss(jnp.array([0, jnp.inf, 2])))  # Shown, not counted as a class.
+
+
+def test_advice_on_names_complex_features_and_padding():
+    with pytest.raises(TypeError, match="for the whole data set") as raised:
+        jcl.center_loss(CENTERS, POINTS, np.array(["ash", "oak", "elm"]))
+    scope = {"np": np, "all_names": ["oak", "ash", "oak", "elm"]}
+    exec(code_of(raised.value)[0], scope)
+    assert scope["names"][scope["labels"]].tolist() == scope["all_names"]
+    x = np.array([[3 + 4j], [0]])
+    with pytest.raises(TypeError, match="real and imaginary") as raised:
+        jcl.center_loss(CENTERS, x, [0, 1])
+    followed = eval(code_of(raised.value)[0], {"jnp": jnp, "x": x})
+    np.testing.assert_allclose(jcl.center_loss(CENTERS, followed, [0, 1], clip=None), 25 / 2)
+    rows = jcl.row_optimizer(optax.sgd(0.1))
+    with pytest.raises(ValueError, match="no optax transformation") as raised:
+        nnx.Optimizer(Model(nnx.Rngs(0)), rows, wrt=nnx.Param)
+    assert "with_center_optimizer(tx)" in code_of(raised.value)
+    with pytest.raises(TypeError, match=r"rngs must be nnx\.Rngs, such as `nnx\.Rngs\(0\)`"):
+        jcl.nnx.CenterLoss(4, 2, rngs=jax.random.key(0))
+
+
+# Variables as Flax has them: their metadata, their references, the names of their axes.
+
+
+class Sharded(nnx.Module):
+    def __init__(self, rngs):
+        wide = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
+        self.features = nnx.Linear(4, 8, kernel_init=wide, use_bias=False, rngs=rngs)
+        self.center_loss = jcl.nnx.CenterLoss(16, 8, out_sharding=P("model", None), rngs=rngs)
+
+
+@pytest.mark.skipif(not hasattr(nnx, "use_eager_sharding"), reason="needs Flax 0.12: before, optax fails too")
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_an_optimizers_state_is_sharded_by_the_metadata_of_the_variables(kind):
+    # google/flax issues 4180 and 5172: made inside of nnx.jit, constrained by nnx.get_partition_spec.
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType[kind],))
+
+    @nnx.jit
+    def create():
+        model = Sharded(nnx.Rngs(0))
+        tx = jcl.with_center_optimizer(optax.adam(1e-3), optax.adam(1e-2), weight=0.1)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        state = nnx.state((model, optimizer))
+        specs = nnx.get_partition_spec(state)
+        nnx.update((model, optimizer), jax.lax.with_sharding_constraint(state, specs))
+        return model, optimizer
+
+    with jax.set_mesh(mesh):
+        model, optimizer = create()
+        x, labels = jax.device_put((jnp.ones((16, 4)), jnp.arange(16)), jax.NamedSharding(mesh, P()))
+        for _ in range(2):
+            moments = [leaf for leaf in jax.tree.leaves(nnx.state(optimizer)) if leaf.ndim == 2]
+            assert len(moments) == 4
+            assert all(leaf.addressable_shards[0].data.size * 8 == leaf.size for leaf in moments)
+            grads = nnx.grad(lambda m: m.center_loss(m.features(x), labels))(model)
+            optimizer.update(model, grads)
+
+
+@pytest.mark.skipif(not hasattr(nnx, "logical_axis_rules"), reason="needs Flax with logical axes")
+@pytest.mark.skipif(
+    not hasattr(nnx, "use_eager_sharding"), reason="before Flax 0.12 nnx.Param takes no names"
+)
+def test_logical_names_of_axes():
+    # AI-Hypercomputer/maxtext issue 4205: names of axes that rules map to a mesh.
+    with jax.set_mesh(jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))):
+        with nnx.logical_axis_rules([("classes", "model"), ("embed", None)]):
+            for names in (P("classes", "embed"), ("classes", "embed")):
+                module = jcl.nnx.CenterLoss(16, 4, out_sharding=names, rngs=nnx.Rngs(0))
+                assert module.centers[...].addressable_shards[0].data.shape == (2, 4)
+                specs = nnx.get_partition_spec(nnx.state(module))
+                assert jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, P))[0] == P("model", None)
+        with pytest.raises(ValueError, match=r"names \['classes'\], but the mesh has axes \['model'\]"):
+            jcl.nnx.CenterLoss(16, 4, out_sharding=("classes", None), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.skipif(not hasattr(nnx, "vars_as"), reason="needs Flax whose Variables may be references")
+@pytest.mark.filterwarnings("ignore:This function is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit, nnx.jit], ids=["eager", "jax.jit", "nnx.jit"])
+def test_variables_that_are_references(jit, rng):
+    # google/flax issues 4960 and 5065: under jax.jit the table moves in place, as BatchNorm's statistics do.
+    usual = jcl.nnx.CenterLoss(4, 2, centers_as="state", rngs=nnx.Rngs(0))
+    module = nnx.vars_as(jcl.nnx.CenterLoss(4, 2, centers_as="state", rngs=nnx.Rngs(0)), ref=True)
+
+    def step(module, x, labels):
+        loss = module(x, labels)
+        module.update_centers(x, labels, after=loss)
+        return loss
+
+    x = rng.normal(size=(3, 2)).astype(np.float32)
+    np.testing.assert_allclose(jit(step)(module, x, OWN), step(usual, x, OWN), rtol=1e-6)
+    np.testing.assert_allclose(module.centers[...], usual.centers[...], rtol=1e-6)
+
+
+# A checkpoint is loaded as load_state_dict does; λ and its divisor count the same steps.
+
+
+@pytest.mark.parametrize("kind", ["param", "state"])
+def test_a_half_checkpoint_leaves_the_module_in_float32(kind):
+    # pytorch/pytorch issue 39428: load_state_dict casts to the module's dtype, and steps go on in float32.
+    module = jcl.nnx.CenterLoss(4, 2, centers_as=kind, rngs=nnx.Rngs(0))
+    module.centers = jcl.from_torch({"a": {"centers": np.ones((4, 2), jnp.bfloat16)}}, key="a.centers")
+    assert module.centers[...].dtype == jnp.float32
+    np.testing.assert_array_equal(module.centers[...], np.ones((4, 2)))
+
+
+@pytest.mark.parametrize("wrapped", [optax.MultiSteps, optax.apply_if_finite, optax.chain])
+def test_lambda_at_the_step_of_its_divisor(wrapped):
+    # huggingface/accelerate issue 999 and google-deepmind/optax issue 596: schedules count updates, loops
+    # count micro-steps. The rate of the centers does not depend on λ with the line of the page.
+    every, warm, rate = (4 if wrapped is optax.MultiSteps else 1), 10, 0.5
+    lam = optax.linear_schedule(0.0, 0.01, transition_steps=warm)
+    x, labels = np.array([[1, 2], [3, 4]], np.float32), np.arange(2)
+    module = jcl.nnx.CenterLoss(2, 2, rngs=nnx.Rngs(0))
+    centers = np.asarray(module.centers[...], np.float64)
+    tx = jcl.with_center_optimizer(optax.sgd(0.0), optax.sgd(rate), weight=lam)
+    arguments = () if wrapped is optax.chain else (every if wrapped is optax.MultiSteps else 3,)
+    optimizer = nnx.Optimizer(module, wrapped(tx, *arguments), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(module, optimizer, scale):
+        weight = lam(optax.tree_utils.tree_get(optimizer.opt_state, "step")[...])
+        grads = nnx.grad(lambda m: scale * weight * m(x, labels))(module)
+        optimizer.update(module, grads)
+
+    # optax's schedules promote their count.
+    with jax.numpy_dtype_promotion("standard"):
+        for update in range(2 * warm):
+            if wrapped is optax.apply_if_finite and update % 5 == 4:  # A step that is left out.
+                step(module, optimizer, np.float32(np.nan))
+            for _ in range(every):
+                step(module, optimizer, np.float32(1))
+            if update > 0:  # While λ is 0 centers rest.
+                centers += rate * (x - centers)  # The gradient of the mean over two samples of two classes.
+            np.testing.assert_allclose(module.centers[...], centers, rtol=1e-4)
