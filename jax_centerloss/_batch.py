@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_centerloss import _checks
+from jax_centerloss import _arrays, _checks
 from jax_centerloss._rows import placement
 
 
@@ -38,7 +38,7 @@ def as_features(x: ArrayLike, centers: jax.Array, names: Names = FEATURES) -> ja
     advice = names.advice
     if not jax.tree_util.all_leaves([x]) and len(jax.tree.leaves(x)) == 1:
         advice += f" If you passed the centers as {names.x}: the order is {names.arguments}."
-    x = _checks.as_array(names.x, x, advice)
+    x = _arrays.as_array(names.x, x, advice)
     advice = f"Cast it first: `{names.x}.astype(jnp.float32)`. {names.order}"
     _checks.check_floating(x.dtype, names.x, advice)
     if x.ndim == 0 or x.shape[-1] != centers.shape[-1]:
@@ -72,7 +72,7 @@ def as_batch(
     indices = _as_class_indices(labels, x, names)
     used = indices >= 0
     if where is not None:
-        mask = _checks.as_array("where", where, "Pass booleans, one for each label.")
+        mask = _arrays.as_array("where", where, "Pass booleans, one for each label.")
         if mask.dtype != jnp.bool_:
             raise TypeError(
                 f"where must be boolean, got {mask.dtype.name}. Compare first, for example `where=mask > 0`; "
@@ -93,53 +93,53 @@ def _as_class_indices(labels: ArrayLike, x: jax.Array, names: Names) -> jax.Arra
         "Pass integer classes, -1 for a missing one. Number names once, for the whole data set: "
         "`names, labels = np.unique(all_names, return_inverse=True)`."
     )
-    classes = _checks.as_array(names.labels, labels, advice)
-    # Code that a user can copy: JAX's functions inside of `jit`, and NumPy's for what JAX's do not accept.
-    is_array = isinstance(labels, jax.Array | np.ndarray)
-    given = names.labels if is_array else f"np.asarray({names.labels})"
-    numpy = "jnp" if isinstance(labels, jax.Array) else "np"
-    one_hot = (
-        "One-hot or soft labels become class indices, and rows without a label -1, by "
-        f"`{numpy}.where({given}.max(-1) > 0, {given}.argmax(-1), -1)`."
-    )
-    if not jnp.issubdtype(classes.dtype, jnp.integer):
-        advice = _cast_advice(classes, f"{numpy}.nan_to_num({given}, nan=-1).astype(int)")
-        raise TypeError(
-            f"{names.labels} must be integers, got {classes.dtype.name}"
-            + (advice if classes.shape == x.shape[:-1] else f". {one_hot}")
-        )
-    if classes.shape != x.shape[:-1]:
-        raise ValueError(
-            f"{names.labels} must have the leading dimensions of {names.x}, got {names.labels} "
-            f"{classes.shape} and {names.x} {x.shape}: expected {names.labels} {x.shape[:-1]}. A column of "
-            f"labels is `{given}[:, 0]`. {one_hot}"
-        )
+    classes = _arrays.as_array(names.labels, labels, advice)
+    if not jnp.issubdtype(classes.dtype, jnp.integer) or classes.shape != x.shape[:-1]:
+        raise _no_class_indices(labels, classes, x, names)
     if classes.dtype.itemsize < 4:  # 8 and 16 bits may not hold the number of classes.
         classes = classes.astype(jnp.int32)
     return placement.reshard_like_samples(classes, x)
 
 
-def _cast_advice(numbers: jax.Array, cast: str) -> str:
-    """How labels that are no integers become some, with the number of missing ones if it is known."""
-    missing = ""
-    if _checks.is_concrete(numbers) and jnp.issubdtype(numbers.dtype, jnp.floating):
-        values = np.asarray(numbers, np.float64)
-        number = np.isnan(values).sum()
-        if (np.isinf(values) | (np.floor(values) != values) & ~np.isnan(values)).any():
-            return ", and some are no whole numbers. Weights go into `weights`."
-        missing = f", {number} of them missing (NaN)" if number else ""
-    return (
-        f"{missing}. Cast them, missing ones to -1: `{cast}`. A mask of samples goes into `where`, weights "
-        "into `weights`."
+def _no_class_indices(labels: Any, classes: jax.Array, x: jax.Array, names: Names) -> Exception:
+    """The error about labels that are no integers, or have another shape, with code that mends them."""
+    # JAX's functions inside of `jit`, and NumPy's for what JAX's do not accept.
+    numpy = "jnp" if isinstance(labels, jax.Array) else "np"
+    given = names.labels if isinstance(labels, jax.Array | np.ndarray) else f"np.asarray({names.labels})"
+    one_hot = (
+        "One-hot or soft labels become class indices, and rows without a label -1, by "
+        f"`{numpy}.where({given}.max(-1) > 0, {given}.argmax(-1), -1)`."
+    )
+    found = f"{names.labels} must be integers, got {classes.dtype.name}"
+    if jnp.issubdtype(classes.dtype, jnp.integer):
+        return ValueError(
+            f"{names.labels} must have the leading dimensions of {names.x}, got {names.labels} "
+            f"{classes.shape} and {names.x} {x.shape}: expected {names.labels} {x.shape[:-1]}. A column of "
+            f"labels is `{given}[:, 0]`. {one_hot}"
+        )
+    if classes.shape != x.shape[:-1]:
+        return TypeError(f"{found}. {one_hot}")
+    if _arrays.is_concrete(classes) and jnp.issubdtype(classes.dtype, jnp.floating):
+        values = np.asarray(classes, np.float64)
+        missing = np.isnan(values)
+        if not (missing | np.isfinite(values) & (np.floor(values) == values)).all():
+            return TypeError(f"{found}, and some are no whole numbers. Weights go into `weights`.")
+        if missing.any():
+            found += f", {missing.sum()} of them missing (NaN)"
+    return TypeError(
+        f"{found}. Cast them, missing ones to -1: `{numpy}.nan_to_num({given}, nan=-1).astype(int)`. A mask "
+        "of samples goes into `where`, weights into `weights`."
     )
 
 
 def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
     """`weights` in float32 or float64, one per sample."""
-    _checks.check_plain("weights", weights)
-    if _checks.is_numpy_like(weights) and _checks.as_numpy(weights).dtype.kind in "iu":
-        weights = np.asarray(weights, np.float64)  # `as_array` may clip integers to 32 bits.
-    given = _checks.as_array("weights", weights, "Pass numbers, one for each label.")
+    if _arrays.is_numpy_like(weights):
+        _arrays.check_plain("weights", weights)  # `as_numpy` would drop a mask.
+        numbers = _arrays.as_numpy(weights)
+        if numbers.dtype.kind in "iu":
+            weights = numbers.astype(np.float64)  # `as_array` may clip integers to 32 bits.
+    given = _arrays.as_array("weights", weights, "Pass numbers, one for each label.")
     if not (jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)):
         raise TypeError(f"weights must be real numbers, got {given.dtype.name}. A mask goes into `where`.")
     dtype = jnp.float64 if given.dtype == jnp.float64 else jnp.float32
@@ -164,14 +164,14 @@ def _check_concrete_values(
     Labels and masks that are on a device are copied to the host for that. Not checked are samples that
     `where` excludes, weights of samples with a negative label, and labels of samples of weight 0.
     """
-    if not (_checks.is_concrete(labels) and _checks.is_concrete(where)):
+    if not (_arrays.is_concrete(labels) and _arrays.is_concrete(where)):
         return
-    values = _checks.as_numpy(labels)
-    used = np.broadcast_to(True if where is None else _checks.as_numpy(where), values.shape)
+    values = _arrays.as_numpy(labels)
+    used = np.broadcast_to(True if where is None else _arrays.as_numpy(where), values.shape)
     if weights is not None:
-        if not _checks.is_concrete(weights):
+        if not _arrays.is_concrete(weights):
             return
-        numbers = _checks.as_numpy(weights)
+        numbers = _arrays.as_numpy(weights)
         negative = (numbers < 0) & used & (values >= 0)
         if negative.any():
             raise ValueError(

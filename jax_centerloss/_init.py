@@ -10,7 +10,7 @@ from jax.nn.initializers import normal
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jax_centerloss import _checks
+from jax_centerloss import _arrays, _checks
 from jax_centerloss._rows import placement
 
 OutSharding = NamedSharding | PartitionSpec | Format  # What `out_sharding` accepts.
@@ -59,7 +59,7 @@ def init_centers(
     shape = _checks.as_shape(num_classes, feat_dim)
 
     def check(leaf: Any) -> jax.Array:
-        centers = _checks.as_array("what initializer returns", leaf, "Return the (C, D) centers.")
+        centers = _arrays.as_array("what initializer returns", leaf, "Return the (C, D) centers.")
         if centers.shape != shape:
             raise ValueError(f"initializer must return centers of shape {shape}, got {centers.shape}.")
         return centers.astype(dtype)

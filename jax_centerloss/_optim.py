@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jax_centerloss import _checks
+from jax_centerloss import _arrays, _checks
 from jax_centerloss._row_optimizer import check_transformation
 from jax_centerloss._rows import table
 
@@ -125,7 +125,7 @@ def with_center_optimizer(
 
 def _as_weight(weight: Any) -> float | jax.Array:
     lam = _checks.as_scalar("weight", weight, "Pass λ as a number, or as an optax schedule that returns one.")
-    if _checks.is_concrete(lam) and not np.asarray(lam) >= 0:  # By NumPy, since `jit` would trace it.
+    if _arrays.is_concrete(lam) and not np.asarray(lam) >= 0:  # By NumPy, since `jit` would trace it.
         raise ValueError(f"weight must not be negative or NaN, got {float(lam):g}.")
     return lam
 

@@ -11,7 +11,7 @@ import optax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _batch, _checks, _rules
+from jax_centerloss import _arrays, _batch, _checks, _rules
 from jax_centerloss._batch import Batch
 from jax_centerloss._rows import moves, placement, rounding, separability, table, transform
 from jax_centerloss._rows.placement import AxisName
@@ -161,7 +161,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         rounding_key: Any,
     ) -> tuple[Any, Any]:
         _check_state(state, jax.eval_shape(init_state, centers), centers)
-        state = _checks.as_arrays("state", state, "Pass on what `update` returns.")
+        state = _arrays.as_arrays("state", state, "Pass on what `update` returns.")
         if rounding_key is None and state_dtype == jnp.bfloat16:
             raise ValueError(
                 "a state in bfloat16 needs a rounding_key: without it, small changes of the state are lost. "

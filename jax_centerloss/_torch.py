@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_centerloss import _checks
+from jax_centerloss import _arrays, _checks
 
 _LISTED = 50  # An error lists at most this many tensors.
 
@@ -59,7 +59,7 @@ def from_torch(source: Source | Any, *, key: str = "centers") -> dict[str, jax.A
         name, tensor = repr(key), tensors[key]
     else:
         name, tensor, contents = "source", source, "."
-    _checks.check_plain(name, tensor)
+    _arrays.check_plain(name, tensor)
     try:
         array = _copy(tensor)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -125,7 +125,7 @@ def _load(path: str, key: str) -> Any:
         # A refusal is a `pickle.UnpicklingError`. Its name is compared, so that pickle need not be imported.
         if type(error).__name__ != "UnpicklingError":
             raise ValueError(
-                f"{path!r} can't be read: {type(error).__name__}: {_checks.first_line(error)}"
+                f"{path!r} can't be read: {type(error).__name__}: {_arrays.first_line(error)}"
             ) from error
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"since it holds {found[1]}" if found else "since it is no pickle of tensors"
@@ -146,7 +146,7 @@ def _load_safetensors(path: str, key: str) -> dict[str, Any]:
             return {name: file.get_tensor(name) if name == key else _Unread(file, name) for name in names}
     except (SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path!r} can't be read: {type(error).__name__}: {_checks.first_line(error)}"
+            f"{path!r} can't be read: {type(error).__name__}: {_arrays.first_line(error)}"
         ) from error
 
 
@@ -189,4 +189,4 @@ def _copy(value: Any) -> np.ndarray[Any, Any]:
         return value.float().numpy().astype(jnp.bfloat16) if half else np.array(value.numpy())
     if not hasattr(value, "dtype"):
         raise TypeError("not a tensor")
-    return _checks.as_numpy(value).copy()
+    return _arrays.as_numpy(value).copy()

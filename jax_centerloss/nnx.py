@@ -13,7 +13,7 @@ from jax.nn.initializers import normal
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _batch, _checks, _init, _loss, _rules, _update
+from jax_centerloss import _arrays, _batch, _checks, _init, _loss, _rules, _update
 from jax_centerloss._checks import Clip, ReduceFn
 from jax_centerloss._init import OutSharding
 from jax_centerloss._optim import OWNER
@@ -120,7 +120,7 @@ class CenterLoss(nnx.Module):
             centers_init=centers_init,
         )
         if not isinstance(rngs, nnx.Rngs):
-            raise TypeError(f"rngs must be nnx.Rngs, such as `nnx.Rngs(0)`, got {_checks.describe(rngs)}.")
+            raise TypeError(f"rngs must be nnx.Rngs, such as `nnx.Rngs(0)`, got {_arrays.describe(rngs)}.")
         self.num_classes, self.feat_dim = _checks.as_shape(num_classes, feat_dim)
         self.clip = clip
         self.reduce_fn = reduce_fn

@@ -1,0 +1,108 @@
+"""Array-likes become arrays of JAX, and what means more than its numbers is refused.
+
+A "NumPy-like" value is an array of NumPy or of another library that converts to one, such as a torch tensor.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+# How a mask of these arguments leaves samples out.
+_LEFT_OUT = ".astype(int).filled(-1)"
+_FILLED = {"labels": _LEFT_OUT, "rows": _LEFT_OUT, "where": ".filled(False)", "weights": ".filled(0)"}
+
+
+def as_array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.Array:
+    """Returns the argument `name` as a JAX array. A NumPy array is copied.
+
+    On a CPU JAX would use the memory of an aligned NumPy array, and might read it after the call has
+    returned. A data loader may have overwritten it by then.
+    """
+    check_plain(name, value)
+    try:
+        if is_numpy_like(value):
+            value = as_numpy(value).copy()
+            if value.dtype.kind in "iu":
+                # Without x64 JAX converts int64 to int32 modulo 2**32, and a huge label could become a valid
+                # one. A clipped label stays out of range.
+                limits = np.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
+                value = value.clip(limits.min, limits.max)
+        return jnp.asarray(value)
+    except jax.errors.JAXTypeError:  # JAX's error about a tracer says more.
+        raise
+    except (TypeError, ValueError, RuntimeError, OverflowError, BufferError) as error:
+        # Other libraries say what to do, for example about a tensor that requires a gradient.
+        cause = f" ({first_line(error)})" if is_numpy_like(value) and type(value) is not np.ndarray else ""
+        raise TypeError(f"{name} must be {kind}, got {describe(value)}{cause}. {advice}") from error
+
+
+def is_numpy_like(value: Any) -> bool:
+    """Whether `value` is a NumPy array, or converts to one, and is not a JAX array."""
+    converts = hasattr(value, "__array__") and not hasattr(value, "__jax_array__")
+    return converts and not isinstance(value, jax.Array)
+
+
+def first_line(error: Exception) -> str:
+    return next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
+
+
+def as_numpy(value: Any) -> np.ndarray[Any, Any]:
+    """`np.asarray`, in the machine's byte order and in a dtype that JAX has."""
+    try:
+        array = np.asarray(value)
+    except TypeError:  # A torch tensor in bfloat16, which NumPy does not have, or on another device.
+        if not hasattr(value, "__dlpack__"):
+            raise
+        array = np.asarray(jnp.from_dlpack(value))
+    if array.dtype == np.longdouble:
+        return array.astype(np.float64)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def check_plain(name: str, value: Any) -> None:
+    """Raises for an array, or a list with one, whose mask or unit `np.asarray` would drop."""
+    for leaf in jax.tree.leaves(value) if isinstance(value, list | tuple) else [value]:
+        if isinstance(leaf, np.ma.MaskedArray):
+            advice = (
+                f"`{name}{_FILLED[name]}` leaves masked samples out."
+                if name in _FILLED
+                else "Leave masked samples out, for example by `x=x.filled(0)` with "
+                "`where=~np.ma.getmaskarray(x).any(-1)`."
+            )
+            raise TypeError(f"{name} must not be a masked array, of which JAX would drop the mask. {advice}")
+        if any(hasattr(type(leaf), attribute) for attribute in ("unit", "units")):
+            raise TypeError(
+                f"{name} must be plain numbers, got {type(leaf).__name__}, whose unit would be dropped. Pass "
+                "the numbers in one unit for features and centers."
+            )
+
+
+def as_arrays(name: str, tree: Any, advice: str) -> Any:
+    """`as_array` of each leaf."""
+    return jax.tree.map(lambda leaf: as_array(f"a leaf of {name}", leaf, advice), tree)
+
+
+def describe(value: Any) -> str:
+    """A short description of `value` for an error."""
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return f"the {'class' if inspect.isclass(value) else 'function'} {value.__name__}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {', '.join(map(repr, value))}"
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype.name}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}: {', '.join(type(v).__name__ for v in value[:8])}"
+    return "None" if value is None else type(value).__name__
+
+
+def is_concrete(value: ArrayLike | None) -> bool:
+    """Whether the values can be read: they are not traced, and fully addressable by this process."""
+    leaves = jax.tree.leaves(value)  # A list of labels may hold tracers.
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return False
+    return all(leaf.is_fully_addressable for leaf in leaves if isinstance(leaf, jax.Array))
