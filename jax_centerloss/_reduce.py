@@ -92,7 +92,7 @@ def _sum_both_on(values: jax.Array, numbers: jax.Array, *, platform: str) -> tup
     if platform != "cpu":
         return jnp.sum(values), jnp.sum(numbers)
     # In one reduction. On a CPU each one takes three kernels, and a step has few others.
-    both = jnp.sum(jnp.stack([values, numbers], axis=-1), axis=tuple(range(values.ndim)))
+    both = jnp.sum(jnp.stack([values, numbers]), axis=tuple(range(1, values.ndim + 1)))
     return both[0], both[1]
 
 
