@@ -1,6 +1,7 @@
 """Distances to all centers: pure functions of the centers and the features."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax_centerloss import _batch, _checks
 from jax_centerloss._rows import placement, table
 
 _CLASS_BLOCK = 1024  # `nearest_center` scans at most this many classes at a time.
+_BLOCK_ENTRIES = 2**22  # Samples are taken in blocks, whose distances are at most this many.
 _SAMPLED_CLASSES = 32  # The origin of features and centers is one of at most this many centers.
 
 
@@ -84,6 +86,46 @@ def squared_distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.Pre
     return jnp.where(finite, distances, np.full((), np.nan, distances.dtype))
 
 
+def map_in_blocks(fn: Callable[..., Any], width: int, mesh: Any, x: jax.Array, *others: jax.Array) -> Any:
+    """`fn(x, *others)`, arrays `(..., K)` for samples `(...)`, in blocks of samples if they are many.
+
+    `fn` computes `width` numbers for each sample. A block takes the same number of samples from each stripe.
+    As of classes, stripes are equal blocks of each axis, each in one shard, so that no sample travels.
+    """
+    shape = x.shape[:-1]
+    # In an exported program a size may be symbolic. It has no blocks.
+    known = all(isinstance(size, int) for size in (*shape, width))
+    if not known or math.prod(shape) * width <= _BLOCK_ENTRIES:
+        return fn(x, *others)
+    rank = len(shape)
+    num_devices = jax.device_count() if mesh is None else mesh.size
+    stripes = [math.gcd(size, num_devices) for size in shape]
+    lengths = [size // number for size, number in zip(shape, stripes, strict=True)]
+    stripes_first = np.arange(2 * rank).reshape(rank, 2).T.reshape(-1)
+
+    def split(array: jax.Array) -> jax.Array:  # To (*stripes, length, ...).
+        rest = array.shape[rank:]
+        pairs = [size for pair in zip(stripes, lengths, strict=True) for size in pair]
+        array = array.reshape(*pairs, *rest).transpose(*stripes_first, *range(2 * rank, 2 * rank + len(rest)))
+        return array.reshape(*stripes, -1, *rest)
+
+    def join(blocks: jax.Array) -> jax.Array:  # From (blocks, *stripes, block, K).
+        first = jnp.moveaxis(blocks[:-1], 0, rank).reshape(*stripes, -1, blocks.shape[-1])
+        first = lax.slice_in_dim(first, 0, length - block, axis=rank)
+        joined = jnp.concatenate([first, blocks[-1]], axis=rank).reshape(*stripes, *lengths, -1)
+        return joined.transpose(*np.argsort(stripes_first), 2 * rank).reshape(*shape, -1)
+
+    arrays = [split(array) for array in (x, *others)]
+    length = math.prod(lengths)
+    block = max(1, min(length, _BLOCK_ENTRIES // (width * math.prod(stripes))))
+    # The last block is moved back until it fits, and computes some samples again.
+    starts = jnp.minimum(jnp.arange(-(-length // block), dtype=jnp.int32) * block, length - block)
+    blocks = lax.map(
+        lambda start: fn(*(lax.dynamic_slice_in_dim(a, start, block, axis=rank) for a in arrays)), starts
+    )
+    return jax.tree.map(join, blocks)
+
+
 def _all_finite(vectors: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(vectors), axis=-1)
 
@@ -110,7 +152,8 @@ def _subtract(x: jax.Array, origin: jax.Array) -> jax.Array:
 def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
     """The class of the nearest center. A tie, up to rounding, goes to the lowest class.
 
-    Classes are scanned in blocks. Only one block of distances is in memory, whatever the number of classes.
+    Classes are scanned in blocks, and samples too if they are many. Only one block of distances is in memory,
+    whatever the number of classes and samples.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.
@@ -150,9 +193,7 @@ def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
 
 @placement.jit_on_auto_axes(lambda centers, x: placement.per_sample_sharding(x, centers))
 def _nearest_in_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
-    finite = _all_finite(x)
     origin = _origin(centers, table.compute_dtype(x, centers))
-    x = _subtract(x, origin)
     # A block takes the same number of classes from each stripe. Stripes are equal, contiguous blocks of
     # classes, each in one shard, so that each device scans only its own classes. The number of shards divides
     # C and the size of the mesh, and so divides their gcd. If the mesh is unknown, the number of devices is
@@ -163,25 +204,36 @@ def _nearest_in_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
     striped = centers.reshape(stripes, length, -1)
     block = min(length, max(1, _CLASS_BLOCK // stripes))
     offsets = jnp.arange(stripes, dtype=jnp.int32) * length
-    leading = (1,) * (x.ndim - 1)
 
-    def scan_block(i: ArrayLike, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        # The last block is moved back until it fits, and may scan some classes again.
-        start = jnp.minimum(jnp.asarray(i, jnp.int32) * block, length - block)
-        part = _subtract(lax.dynamic_slice_in_dim(striped, start, block, axis=1), origin)
-        cross = jnp.einsum("...d,scd->...sc", x, part, precision="highest")
-        # |x - c|² without |x|², which is the same for every class and would only add rounding errors.
-        score = jnp.sum(part * part, -1).reshape(*leading, stripes, block) - 2 * cross
-        score = jnp.where(jnp.isnan(score), jnp.full((), jnp.inf, score.dtype), score)
-        index = jnp.argmin(score, axis=-1).astype(jnp.int32) + (offsets + start).reshape(*leading, stripes)
-        value = jnp.min(score, axis=-1)
-        return jnp.where(value < best[0], value, best[0]), jnp.where(value < best[0], index, best[1])
+    def nearest_in_stripes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of each stripe, the least score and its class, `(..., S)`."""
+        x = _subtract(x, origin)
+        leading = (1,) * (x.ndim - 1)
 
-    shape = *x.shape[:-1], stripes
-    initial = jnp.full(shape, jnp.inf, x.dtype), jnp.full(shape, -1, jnp.int32)
-    # The first block is scanned before the loop: `shard_map` requires that a carry varies over the same mesh
-    # axes before an iteration and after it.
-    value, labels = lax.fori_loop(1, -(-length // block), scan_block, scan_block(0, initial))
+        def scan_block(i: ArrayLike, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            # The last block is moved back until it fits, and may scan some classes again.
+            start = jnp.minimum(jnp.asarray(i, jnp.int32) * block, length - block)
+            part = _subtract(lax.dynamic_slice_in_dim(striped, start, block, axis=1), origin)
+            cross = jnp.einsum("...d,scd->...sc", x, part, precision="highest")
+            # |x - c|² without |x|², which is the same for every class and would only add rounding errors.
+            score = jnp.sum(part * part, -1).reshape(*leading, stripes, block) - 2 * cross
+            score = jnp.where(jnp.isnan(score), jnp.full((), jnp.inf, score.dtype), score)
+            index = jnp.argmin(score, axis=-1).astype(jnp.int32) + (offsets + start).reshape(
+                *leading, stripes
+            )
+            value = jnp.min(score, axis=-1)
+            return jnp.where(value < best[0], value, best[0]), jnp.where(value < best[0], index, best[1])
+
+        shape = *x.shape[:-1], stripes
+        initial = jnp.full(shape, jnp.inf, x.dtype), jnp.full(shape, -1, jnp.int32)
+        # The first block is scanned before the loop: `shard_map` requires that a carry varies over the same
+        # mesh axes before an iteration and after it.
+        best: tuple[jax.Array, jax.Array] = lax.fori_loop(
+            1, -(-length // block), scan_block, scan_block(0, initial)
+        )
+        return best
+
+    value, labels = map_in_blocks(nearest_in_stripes, stripes * block, placement.mesh_of(centers, x), x)
     nearest = value == jnp.min(value, axis=-1, keepdims=True)
     label = jnp.min(jnp.where(nearest, labels, np.int32(centers.shape[0])), axis=-1)
-    return jnp.where(finite, label, np.int32(-1))
+    return jnp.where(_all_finite(x), label, np.int32(-1))

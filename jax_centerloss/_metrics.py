@@ -97,12 +97,12 @@ def _compute_metrics(
     x, labels, used, weights = batch
     if weights is not None:
         used = used & (weights != 0)
-    # Unused features are set to 0 before any square root. Its derivative at NaN can't be masked later.
-    x = jnp.where(used[..., None], x, jnp.zeros((), x.dtype))
     rows, in_range = table.gather_label_rows(centers, labels, x)
-    own = _safe_sqrt(_reduce.squared_distance(x.astype(rows.dtype), rows, in_range, used))
+    own = _reduce.squared_distance(x.astype(rows.dtype), rows, in_range, used)
+    # Those of unused samples are set to 0 before a square root: its derivative at NaN can't be masked later.
+    own = _safe_sqrt(jnp.where(used, own, jnp.zeros((), own.dtype)))
     own = jnp.where(in_range, own, np.full((), np.nan, rows.dtype))
-    nearest = _nearest_other(centers, x, labels)
+    nearest = _nearest_other(centers, x, labels, used)
 
     def mean(values: jax.Array) -> jax.Array:
         return _reduce.reduce(values, used, weights, jnp.mean, axis_name)
@@ -140,10 +140,19 @@ def _safe_sqrt(squared: jax.Array) -> jax.Array:
     return jnp.where(squared == 0, zero, jnp.sqrt(jnp.where(squared == 0, one, squared)))
 
 
-def _nearest_other(centers: jax.Array, x: jax.Array, labels: jax.Array) -> jax.Array:
-    """The distance of each sample to the nearest of up to 1,024 centers of other classes."""
+def _nearest_other(centers: jax.Array, x: jax.Array, labels: jax.Array, used: jax.Array) -> jax.Array:
+    """The distance of each used sample to the nearest of up to 1,024 centers of other classes."""
     classes, rows = table.evenly_spaced_rows(centers, _SEARCHED_CLASSES)
-    distances = _safe_sqrt(_distances.squared_distances_to(rows, x, precision="highest"))
-    classes = classes.astype(labels.dtype).reshape((1,) * labels.ndim + (-1,))
-    other = (labels[..., None] != classes) & jnp.logical_not(jnp.isnan(distances))
-    return jnp.min(jnp.where(other, distances, np.full((), np.inf, distances.dtype)), axis=-1)
+    classes = classes.astype(labels.dtype)
+
+    def nearest(x: jax.Array, labels: jax.Array, used: jax.Array) -> jax.Array:
+        x = jnp.where(used[..., None], x, jnp.zeros((), x.dtype))
+        distances = _safe_sqrt(_distances.squared_distances_to(rows, x, precision="highest"))
+        other = labels[..., None] != classes.reshape((1,) * labels.ndim + (-1,))
+        other = other & jnp.logical_not(jnp.isnan(distances))
+        distances = jnp.where(other, distances, np.full((), np.inf, distances.dtype))
+        return jnp.min(distances, axis=-1, keepdims=True)
+
+    mesh = placement.mesh_of(centers, x, labels)
+    distance: jax.Array = _distances.map_in_blocks(nearest, classes.shape[0], mesh, x, labels, used)
+    return distance[..., 0]

@@ -1,5 +1,7 @@
 """The loss, the distances and their semantics, against closed forms in float64 NumPy."""
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -238,6 +240,31 @@ def test_nearest_center_is_the_argmin(rng, num_classes):
     x = rng.normal(size=(3, 5, 4)).astype(np.float32)
     difference = x.astype(np.float64)[..., None, :] - centers.astype(np.float64)
     np.testing.assert_array_equal(jcl.nearest_center(centers, x), (difference**2).sum(-1).argmin(-1))
+
+
+@pytest.mark.parametrize("function", [jcl.nearest_center, jcl.center_metrics])
+@pytest.mark.parametrize(("shape", "d", "c"), [((1000, 1000), 16, 1024), ((131_071,), 128, 5000)])
+def test_many_samples_take_memory_for_a_block_of_them(function, shape, d, c, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # For more devices, samples are brought to stripes.
+    labels = (jax.ShapeDtypeStruct(shape, jnp.int32),) if function is jcl.center_metrics else ()
+    x = jax.ShapeDtypeStruct((*shape, d), jnp.float32)
+    program = jax.jit(function).lower(jax.ShapeDtypeStruct((c, d), jnp.float32), x, *labels).compile()
+    # Metrics also hold the differences of features and centers, as the loss does.
+    differences = math.prod(x.shape) * 4 if labels else 0
+    assert program.memory_analysis().temp_size_in_bytes < differences + 48 * 2**20
+
+
+@pytest.mark.parametrize("shape", [(8194,), (3, 2731), (911, 9)])
+def test_many_samples_in_blocks(rng, shape):
+    centers = rng.normal(size=(1024, 3)).astype(np.float32)
+    x = rng.normal(size=(*shape, 3)).astype(np.float32)
+    labels = rng.integers(0, 1024, shape)
+    distances = np.stack([np.linalg.norm(np.float64(row)[..., None, :] - centers, axis=-1) for row in x])
+    np.testing.assert_array_equal(jcl.nearest_center(centers, x), distances.argmin(-1))
+    own = np.take_along_axis(distances, labels[..., None], -1)
+    np.put_along_axis(distances, labels[..., None], np.inf, -1)
+    metrics = jcl.center_metrics(centers, x, labels)
+    np.testing.assert_allclose(metrics["gap"], (distances.min(-1) - own[..., 0]).mean(), rtol=1e-4)
 
 
 def test_nearest_center_of_a_feature_that_is_not_a_number_is_none():

@@ -106,6 +106,32 @@ def test_equals_one_device_and_travel_does_not_grow_with_the_classes(placement, 
             assert temporaries <= 6 * N * D * 4 + 64 * 1024
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("placement", TWO_AXES, ids=str)
+def test_blocks_of_many_samples_travel_once(placement, axis):
+    rng = np.random.default_rng(0)
+    spec = P(*(placement.samples if i == axis else None for i in range(2)))
+    centers = rng.normal(size=(C, 3)).astype(np.float32)
+    table = jax.device_put(centers, placement.of("table", 2))
+
+    def draw(samples):
+        x, labels = rng.normal(size=(4, samples, 3)).astype(np.float32), rng.integers(0, C, (4, samples))
+        where = NamedSharding(placement.mesh, spec)
+        return x, labels, jax.device_put(x, where), jax.device_put(labels, where)
+
+    def both(centers, x, labels):
+        return jcl.nearest_center(centers, x), jcl.center_metrics(centers, x, labels)
+
+    x, labels, *placed = draw(8192)
+    with placement.entered():
+        many = jax.jit(both).lower(table, *placed).compile()
+        few = jax.jit(both).lower(table, *draw(64)[2:]).compile()
+        result = many(table, *placed)
+    assert_equal(result, both(centers, x, labels))
+    of_many, of_few = (sum(size for _, size in collectives(p.as_text()).elements()) for p in (many, few))
+    assert of_many <= 8192 / 64 * of_few
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("placement", TWO_AXES, ids=str)
