@@ -11,6 +11,8 @@ import optax
 import pytest
 import reference as ref
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
@@ -150,6 +152,41 @@ def test_at_the_center_and_without_samples_gradients_are_finite(page, name):
             assert max(np.abs(grad).max() for grad in grads) < 1e-6
 
 
+@every_variant
+def test_classes_that_fill_up_a_table_with_nan_change_nothing(page, draw, name):
+    centers, x, labels = (jnp.asarray(a, a.dtype.kind + "4") for a in draw)
+    loss_of = jax.value_and_grad(partial(page[name], **VARIANTS[name][0]), argnums=(0, 1))
+    loss, (by_centers, by_x) = loss_of(jnp.pad(centers, ((0, 3), (0, 0)), constant_values=jnp.nan), x, labels)
+    expected, grads = loss_of(centers, x, labels)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(by_centers[:CLASSES], grads[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(by_x, grads[1], rtol=1e-4, atol=1e-5)
+
+
+@every_variant
+@pytest.mark.parametrize(
+    ("kind", "classes", "dtype"),
+    [("Explicit", "d", jnp.float32), ("Explicit", None, jnp.bfloat16), ("Auto", "d", jnp.bfloat16)],
+)
+def test_on_a_mesh_and_in_half_precision(page, rng, name, kind, classes, dtype):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(getattr(AxisType, kind),))
+    labels = rng.integers(0, 16, 24)
+    labels[3] = -1
+    centers, x = (jnp.asarray(rng.normal(size=(n, FEATURES)), dtype) for n in (16, 24))
+    loss_of = jax.value_and_grad(partial(page[name], **VARIANTS[name][0]), argnums=(0, 1))
+    expected = loss_of(*(jnp.asarray(a, jnp.float32) for a in (centers, x)), jnp.asarray(labels))
+    given = (
+        jax.device_put(centers, NamedSharding(mesh, P(classes, None))),
+        jax.device_put(x, NamedSharding(mesh, P("d", None))),
+        jax.device_put(labels, NamedSharding(mesh, P("d"))),
+    )
+    with jax.set_mesh(mesh):
+        found = jax.jit(loss_of)(*given)
+    rtol = 1e-4 if dtype == jnp.float32 else 0.02
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.float32(a), b, rtol=rtol, atol=rtol * np.abs(b).max())
+
+
 def test_a_zero_vector_has_no_direction_and_a_finite_gradient(page):
     centers, x = jnp.eye(2), jnp.array([[0.0, 0.0], [3.0, 4.0]])
     np.testing.assert_allclose(page["unit"](x), [[0, 0], [0.6, 0.8]], rtol=1e-6)
@@ -161,9 +198,9 @@ def test_balanced_weights_give_the_mean_of_class_means(page, draw):
     centers, x, labels = draw
     classes = np.unique(labels[labels >= 0])
     with ref.enable_x64():
-        class_weights = page["balanced_weights"](labels, CLASSES)
-        found = jcl.center_loss(centers, x, labels, weights=class_weights[labels], clip=None)
-        moved = jcl.update_centers(centers, x, labels, weights=class_weights[labels], alpha=0.5)
+        weights = page["of_samples"](page["balanced_weights"](labels, CLASSES), jnp.asarray(labels))
+        found = jcl.center_loss(centers, x, labels, weights=weights, clip=None)
+        moved = jcl.update_centers(centers, x, labels, weights=weights, alpha=0.5)
     of_classes = [own(centers, x[labels == j], labels[labels == j]).mean() for j in classes]
     np.testing.assert_allclose(found, np.mean(of_classes), rtol=1e-12)
     expected = centers.copy()
