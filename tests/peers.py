@@ -151,8 +151,20 @@ def one_adam(centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float
     return Step(squares(centers, x, labels) / len(x), moved, (steps, first, second))
 
 
+def metric_learning(centers: np.ndarray, x: np.ndarray, labels: np.ndarray, rate: float, state: Any) -> Step:
+    """pytorch-metric-learning 3: equation 2, and `update_centers` for each class that is in the batch."""
+    loss, moved = 0.0, centers.copy()
+    for i in range(len(x)):
+        loss += 0.5 * float(np.dot(x[i] - centers[labels[i]], x[i] - centers[labels[i]]))
+    for j in set(labels.tolist()):
+        mine = labels == j
+        moved[j] -= rate * (mine.sum() * centers[j] - x[mine].sum(axis=0)) / (1 + mine.sum())
+    return Step(loss, moved, state)
+
+
 NUMPY = {
     "paper": paper,
+    "pytorch-metric-learning": metric_learning,
     "caffe": caffe,
     "facenet": facenet,
     "autograd": autograd,
@@ -241,3 +253,116 @@ def lonely_step(name: str) -> float:
     if name in NUMPY:
         return float(NUMPY[name](centers, x, labels, 0.5, None).centers[0, 0])
     return float(in_torch(name, centers, x, labels, 0.5).centers[0, 0])
+
+
+# The variants of docs/variants.md: `step(centers, x, labels, rate) -> (loss, its gradient by x, centers)`. A
+# negative label is left out.
+
+
+def each(labels: np.ndarray) -> list[tuple[int, int]]:
+    return [(i, int(label)) for i, label in enumerate(labels) if label >= 0]
+
+
+def unit_or_zero(v: np.ndarray) -> np.ndarray:
+    return v / max(float(np.linalg.norm(v)), 1e-12)
+
+
+def ws_dan(centers, x, labels, rate):
+    """WS-DAN in PyTorch: the mean distance to unit centers; the last sample of a class wins."""
+    loss, by_x, moved = 0.0, np.zeros_like(x), centers.copy()
+    for i, y in each(labels):
+        difference = x[i] - unit_or_zero(centers[y])
+        loss += difference @ difference / len(each(labels))
+        by_x[i] = 2 * difference / len(each(labels))
+        moved[y] = centers[y] + rate * difference
+    return loss, by_x, moved
+
+
+BRANCH = np.random.default_rng(402).standard_normal((3, 3))  # It makes DACL's weights of three features.
+
+
+def dacl(centers, x, labels, rate):
+    """Half the weighted mean; equation 4 with the weights in its numerator, neither N nor λ in it."""
+    weights, n = 1 / (1 + np.exp(-x @ BRANCH)), len(each(labels))
+    loss, by_x = 0.0, np.zeros_like(x)
+    pulls, counts = np.zeros_like(centers), np.ones(len(centers))
+    for i, y in each(labels):
+        loss += np.sum(weights[i] * (x[i] - centers[y]) ** 2) / 2 / n
+        by_x[i] = weights[i] * (x[i] - centers[y]) / n
+        pulls[y] += weights[i] * (centers[y] - x[i])
+        counts[y] += 1
+    return loss, by_x, centers - rate * pulls / counts[:, None]
+
+
+def three_c_net(centers, x, labels, rate):
+    """The mean over pairs of a sample and a label of it, over the number of pairs, without λ for centers.
+
+    `labels` is `(N, L)`, and all labels of a sample share its features.
+    """
+    chosen = [(i, y) for i, row in enumerate(labels) for _, y in each(row)]
+    loss, by_x, moved = 0.0, np.zeros_like(x), centers.copy()
+    for i, y in chosen:
+        difference = x[i] - centers[y]
+        loss += max(difference @ difference, 1e-12) / len(chosen) ** 2
+        by_x[i] += 2 * difference / len(chosen) ** 2
+        moved[y] += rate * 2 * difference / len(chosen) ** 2
+    return loss, by_x, moved
+
+
+def two_views(centers, x, labels, rate):
+    """The module's loss and equation 4 for two views of each sample: x itself, and half of it."""
+    views, twice = np.concatenate([x, x / 2]), np.concatenate([labels, labels])
+    used = twice >= 0
+    by_views = np.zeros_like(views)
+    by_views[used] = 2 * (views[used] - centers[twice[used]]) / used.sum()
+    loss = squares(centers, views[used], twice[used]) / used.sum()
+    moved = centers - rate * eq4(centers, views[used], twice[used])
+    return loss, by_views[: len(x)] + by_views[len(x) :] / 2, moved
+
+
+def single_center(centers, x, labels, rate):
+    """Li et al. 2021: mean distances of natural (0) and manipulated (1) faces to one center, a parameter."""
+    kinds = [[i for i, y in each(labels) if y == kind] for kind in (0, 1)]
+    distances = np.linalg.norm(x - centers[0], axis=-1)
+    natural, manipulated = (float(np.mean(distances[kind])) if kind else 0.0 for kind in kinds)
+    hinge = natural - manipulated + 0.3 * np.sqrt(x.shape[-1])
+    by_x = np.zeros_like(x)
+    for kind, factor in zip(kinds, (1 + (hinge > 0), -1 * (hinge > 0)), strict=True):
+        for i in kind:
+            by_x[i] = factor * (x[i] - centers[0]) / distances[i] / len(kind)
+    return natural + max(hinge, 0.0), by_x, centers + rate * by_x.sum(axis=0)
+
+
+def oltr(centers, x, labels, rate):
+    """OLTR: attraction, by which centers move without λ, and a hinge on the mean of the other distances."""
+    used, count = each(labels), len(centers)
+    attract = sum(np.sum((x[i] - centers[y]) ** 2) for i, y in used) / 2 / len(used)
+    others = [(i, j) for i, y in used for j in range(count) if j != y]
+    hinge = 10.0 - sum(np.sum((x[i] - centers[j]) ** 2) for i, j in others) / (len(used) * count)
+    by_x, repelled = np.zeros_like(x), np.zeros_like(centers)
+    for i, y in used:
+        by_x[i] = (x[i] - centers[y]) / len(used)
+    for i, j in others if hinge > 0 else []:
+        push = 0.01 * 2 * (x[i] - centers[j]) / (len(used) * count)
+        by_x[i] -= push
+        repelled[j] += push
+    mine = labels >= 0
+    step = eq4(centers, x[mine], labels[mine]) / len(used) + LAM * repelled
+    return attract + 0.01 * max(hinge, 0.0), by_x, centers - rate * step
+
+
+def hetero_center(centers, x, labels, rate):
+    """Zhu et al. 2020: squared distances of the means of two kinds, here the first and the second half of x.
+
+    With the margin of the author's code. There are no centers to move.
+    """
+    loss, by_x, half = 0.0, np.zeros_like(x), len(x) // 2
+    for j in set(labels[:half].tolist()) & set(labels[half:].tolist()) - {-1}:
+        first = [i for i in range(half) if labels[i] == j]
+        second = [i for i in range(half, len(x)) if labels[i] == j]
+        difference = x[first].mean(axis=0) - x[second].mean(axis=0)
+        if difference @ difference > 0.1:
+            loss += difference @ difference - 0.1
+            by_x[first] += 2 * difference / len(first)
+            by_x[second] -= 2 * difference / len(second)
+    return loss, by_x, centers

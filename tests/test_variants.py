@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peers
 import pytest
 import reference as ref
 from flax import nnx
@@ -332,6 +333,170 @@ def test_fixed_centers_pull_and_are_not_pulled(page, draw):
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
     assert (updates["centers"] == 0).all()
     assert (updates["w"] == -1).all()
+
+
+# What authors publish, step by step: a linear layer makes the features, and learns with the centers.
+
+
+def by_name(loss, update):
+    """A step of two functions of the page; the rule needs no gradient."""
+
+    def step(page, centers, x, labels, rate):
+        loss_of = jax.value_and_grad(page[loss], argnums=1)
+        return *loss_of(centers, x, labels), page[update](centers, x, labels, rate)
+
+    return step
+
+
+def as_parameters(loss_of, centers, x, rate):
+    """A step of SGD on centers whose λ is divided out by the library."""
+    lam, tx = peers.LAM, jcl.with_center_optimizer(optax.sgd(0.1), optax.sgd(rate), weight=peers.LAM)
+    params = {"centers": centers, "model": jnp.ones(2)}
+    grads = jax.grad(lambda p: lam * loss_of(p["centers"], x))(params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    loss, by_x = jax.value_and_grad(loss_of, argnums=1)(centers, x)
+    return loss, by_x, optax.apply_updates(params, updates)["centers"]
+
+
+def dacl_step(page, centers, x, labels, rate):
+    weights = jax.lax.stop_gradient(jax.nn.sigmoid(x @ peers.BRANCH.astype(x.dtype)))
+    loss, by_x = jax.value_and_grad(page["dacl_loss"], argnums=1)(centers, x, labels, weights)
+    return loss, by_x, page["dacl_update"](centers, x, labels, weights, rate)
+
+
+def three_c_net_step(page, centers, x, labels, rate):
+    is_label = jnp.any(labels[..., None] == jnp.arange(CLASSES), axis=1)
+
+    def loss_of(centers, x):
+        return page["three_c_net_loss"](centers, *page["pairs"](x, is_label, labels.shape[1]))
+
+    return as_parameters(loss_of, centers, x, rate)
+
+
+def two_views_step(page, centers, x, labels, rate):
+    def loss_of(x):
+        return jcl.center_loss(centers, *page["two_views"](x, x / 2, labels))
+
+    moved = jcl.update_centers(centers, *page["two_views"](x, x / 2, labels), alpha=rate)
+    return *jax.value_and_grad(loss_of)(x), moved
+
+
+def single_center_step(page, centers, x, labels, rate):
+    return as_parameters(lambda c, x: page["single_center_loss"](c, x, labels), centers, x, rate)
+
+
+def oltr_step(page, centers, x, labels, rate):
+    loss, (by_centers, by_x) = jax.value_and_grad(page["oltr_loss"], argnums=(0, 1))(centers, x, labels)
+    return loss, by_x, page["oltr_update"](centers, peers.LAM * by_centers, x, labels, rate)
+
+
+def hetero_center_step(page, centers, x, labels, rate):
+    half = len(x) // 2
+
+    def loss_of(x):
+        return page["hetero_center_loss"](x[:half], labels[:half], x[half:], labels[half:], CLASSES, 0.1)
+
+    return *jax.value_and_grad(loss_of)(x), centers
+
+
+AUTHORS = {
+    "ws_dan": by_name("ws_dan_loss", "ws_dan_update"),
+    "dacl": dacl_step,
+    "three_c_net": three_c_net_step,
+    "two_views": two_views_step,
+    "single_center": single_center_step,
+    "oltr": oltr_step,
+    "hetero_center": hetero_center_step,
+}
+
+
+def labels_of(name, rng):
+    if name == "three_c_net":  # Up to two labels, not the same one twice.
+        labels = np.stack([rng.permutation(CLASSES)[:2] for _ in range(SAMPLES)])
+        labels[rng.uniform(size=labels.shape) < 0.3] = -1
+        labels[3] = -1
+        return labels
+    labels = rng.integers(0, 2 if name == "single_center" else CLASSES - 1, SAMPLES)
+    return np.where(np.arange(SAMPLES) == 3, -1, labels)
+
+
+@pytest.mark.parametrize("apart", [1.0, 5.0], ids=["near", "apart"])
+@pytest.mark.parametrize("name", AUTHORS)
+def test_a_training_takes_the_authors_steps(page, rng, name, apart):
+    count = 1 if name == "single_center" else CLASSES
+    ours = theirs = apart * rng.normal(size=(count, FEATURES))
+    if name == "ws_dan":
+        ours = theirs = np.zeros_like(ours)
+    layer = their_layer = rng.normal(size=(4, FEATURES))
+    for _ in range(5):
+        z, labels = rng.normal(size=(SAMPLES, 4)), labels_of(name, rng)
+        want_loss, want_by_x, theirs = getattr(peers, name)(theirs, z @ their_layer, labels, 0.4)
+        with ref.enable_x64():
+            step = jax.jit(partial(AUTHORS[name], page))
+            loss, by_x, ours = step(jnp.asarray(ours), jnp.asarray(z @ layer), jnp.asarray(labels), 0.4)
+        layer, their_layer = layer - 0.1 * z.T @ np.asarray(by_x), their_layer - 0.1 * z.T @ want_by_x
+        np.testing.assert_allclose(loss, want_loss, rtol=1e-9)
+        np.testing.assert_allclose(layer, their_layer, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_an_authors_step_leaves_masked_samples_out_and_works_in_bfloat16(page, rng, name):
+    centers = jnp.asarray(rng.normal(size=(1 if name == "single_center" else CLASSES, FEATURES)), jnp.float32)
+    x, labels = rng.normal(size=(SAMPLES, FEATURES)), labels_of(name, rng)
+    masked = labels.max(axis=-1) < 0 if labels.ndim == 2 else labels < 0
+    assert masked.any()
+    x[masked] = np.nan
+    step = partial(AUTHORS[name], page)
+    full = step(centers, jnp.asarray(x, jnp.float32), jnp.asarray(labels), 0.4)
+    half = step(centers, jnp.asarray(x, jnp.bfloat16), jnp.asarray(labels), 0.4)
+    assert [a.dtype for a in half] == [jnp.float32, jnp.bfloat16, jnp.float32]
+    for a, b in zip(half, full, strict=True):
+        assert np.isfinite(b).all()
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=0.05, atol=0.05)
+    assert (full[1][masked] == 0).all()
+
+
+def test_weights_of_features_have_the_gradient_of_the_formula(page, draw, rng):
+    centers, x, labels = draw
+    weights = rng.uniform(size=x.shape)
+    used = labels >= 0
+
+    def formula(weights):
+        return np.sum((weights * (x - centers[labels]) ** 2)[used]) / 2 / used.sum()
+
+    with ref.enable_x64():
+        by_weights = jax.grad(page["dacl_loss"], argnums=3)(*map(jnp.asarray, (*draw, weights)))
+    np.testing.assert_allclose(by_weights, slopes(formula, weights), rtol=1e-6, atol=1e-8)
+
+
+def test_micro_batches_take_the_step_of_the_batch(page, rng):
+    parts, labels = rng.normal(size=(4, 6, FEATURES)), rng.integers(-1, CLASSES, (4, 6))
+    centers = want = rng.normal(size=(CLASSES, FEATURES))
+    parts[labels < 0] = np.nan
+    with ref.enable_x64():
+        ours = jnp.asarray(centers)
+        for _ in range(3):
+            parts = parts + 0.1
+            used = labels >= 0
+            want = want - 0.5 * peers.eq4(want, parts[used], labels[used])
+            carried = jnp.zeros((CLASSES, FEATURES)), jnp.zeros(CLASSES)
+            carried, kept = jax.lax.scan(
+                lambda carried, part: (page["add_micro_batch"](carried, *part), part),
+                carried,
+                (jnp.asarray(parts), jnp.asarray(labels)),
+            )
+            moved = jcl.update_centers(ours, *kept)
+            ours = jax.jit(page["update_by_sums"])(ours, carried)
+            np.testing.assert_allclose(ours, want, rtol=1e-12)
+            np.testing.assert_allclose(moved, want, rtol=1e-12)
+    sums, counts = page["add_micro_batch"](
+        (jnp.zeros((CLASSES, FEATURES)), jnp.zeros(CLASSES)),
+        jnp.ones((3, FEATURES), jnp.bfloat16),
+        np.zeros(3, int),
+    )
+    assert sums.dtype == jnp.float32
+    assert counts[0] == sums[0, 0] == 3
 
 
 WIDTH, DIM, STEPS = 64, 16, 150
