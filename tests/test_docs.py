@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peers
 import pytest
 import reference as ref
 from flax import nnx
@@ -90,7 +91,7 @@ CHECKS = {"getting_started": it_has_learned, "coming_from": it_is_accurate}
 
 def torch_script():
     """The parts of the PyTorch script, before and after its loop begins, and a namespace to run them in."""
-    ((_, script),) = fences(text_of("coming_from"), "py")
+    (_, script), *_ = fences(text_of("coming_from"), "py")
     return script.split("shuffle =")
 
 
@@ -160,6 +161,24 @@ def test_facenets_centers_take_its_own_step(rng):
     expected = centers.astype(np.float64)
     np.subtract.at(expected, labels, 0.1 * (centers[labels] - x).astype(np.float64))
     np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pytorch_metric_learnings_steps_and_its_file(rng, tmp_path):
+    (block,) = (text for _, text in fences(text_of("coming_from"), "python") if "embeddings" in text)
+    space = {}
+    exec(block, space)
+    torch = pytest.importorskip("torch", reason="its state dict is a file of PyTorch")
+    torch.save({"centers": torch.tensor(rng.normal(size=(6, 3)), dtype=torch.float32)}, tmp_path / "loss.pt")
+    params = jax_centerloss.from_torch(tmp_path / "loss.pt")
+    want = np.asarray(params["centers"], np.float64)
+    for _ in range(4):
+        x, labels = rng.normal(size=(8, 3)).astype(np.float32), rng.integers(0, 5, 8)
+        want_loss, moved, _ = peers.metric_learning(want, x, labels, 0.5, None)
+        np.testing.assert_allclose(space["loss_func"](params, x, labels), want_loss, rtol=1e-5)
+        params, want = jax_centerloss.update_centers(params, x, labels, alpha=0.5), moved
+        np.testing.assert_allclose(params["centers"], want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(KeyError, match=r"loss\.table \(6, 3\) float32"):
+        jax_centerloss.from_torch({"loss": {"table": np.zeros((6, 3), np.float32)}})
 
 
 def donated():

@@ -95,6 +95,7 @@ CAFFE_RATE = next(line for line in CAFFE.splitlines() if line.startswith("rate =
 RECIPES = {
     "paper": (half(jnp.sum), by_rule("paper")),
     "caffe": (half(), solver),
+    "pytorch-metric-learning": (half(jnp.sum), by_rule("paper")),
     "facenet": (
         lambda c, x, labels: jcl.center_loss(c, x, labels, clip=None) / x.shape[-1],
         lambda c, x, labels, state: by_rule("gradient", scale=len(labels) / 2)(c, x, labels, state),
@@ -294,6 +295,7 @@ def test_steps_in_the_page():
         "the same, λ left in": "module, λ left in",
         "the PyTorch version with its own backward pass": "own backward, mean",
         "the same, `size_average=False`": "own backward, sum",
+        "pytorch-metric-learning 3": "pytorch-metric-learning",
         "FaceNet's TensorFlow code": "facenet",
         "½ and plain autograd": "autograd",
         "the mean per class": "mean per class",
