@@ -1,0 +1,218 @@
+"""docs/other_frameworks.md: its wrappers in Keras, and in kauldron or a stand-in for what they use of it."""
+
+import dataclasses
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jax_centerloss as jcl
+
+PAGE = Path(__file__).parents[1] / "docs" / "other_frameworks.md"
+TEXT = PAGE.read_text(encoding="utf-8")
+# Keras's own, about its Variables.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+KERAS_LAYER, KERAS_TRAINING, KAULDRON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def as_a_reader(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def keras():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERAS_BACKEND", "jax")
+        module = pytest.importorskip(
+            "keras", minversion="3.0", reason="the layer is for Keras 3, which is not here"
+        )
+        yield module
+
+
+@pytest.fixture(scope="module")
+def layer(keras):
+    """What the page's block for the layer defines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERAS_BACKEND", "jax")
+        space = {}
+        exec(compile(KERAS_LAYER, PAGE.name, "exec"), space)
+    return space
+
+
+def test_the_keras_model_learns_and_is_saved_and_loaded(layer):
+    space = dict(layer)
+    exec(compile(KERAS_TRAINING, PAGE.name, "exec"), space)
+    pixels, digits, model, again = (space[name] for name in ("pixels", "digits", "model", "again"))
+    logits = space["classifier"].predict(pixels, verbose=0)
+    assert np.mean(logits.argmax(-1) == digits) > 0.95
+    np.testing.assert_array_equal(again.predict([pixels, digits], verbose=0), logits)
+    centers = [np.asarray(m.get_layer("center_loss").centers) for m in (model, again)]
+    np.testing.assert_array_equal(*centers)
+    assert again.get_layer("center_loss").get_config()["rule"] == "paper"
+    again.fit([pixels, digits], digits, epochs=1, verbose=0)  # It goes on from there.
+    assert np.abs(np.asarray(again.get_layer("center_loss").centers) - centers[1]).max() > 1e-3
+    model.evaluate([pixels, digits], digits, verbose=0)
+    np.testing.assert_array_equal(np.asarray(model.get_layer("center_loss").centers), centers[0])
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_a_keras_step_is_the_librarys(keras, layer, rng, policy):
+    images, labels = keras.Input((4,)), keras.Input((), dtype="int32")
+    x = keras.layers.Dense(3, use_bias=False, name="features")(images)
+    out = layer["CenterLoss"](5, weight=0.25, alpha=0.4, name="center_loss", dtype=policy)(x, labels)
+    model = keras.Model([images, labels], out)
+    model.compile(keras.optimizers.SGD(0.1), None)
+    w, c = (
+        jnp.asarray(v) for v in (model.get_layer("features").kernel, model.get_layer("center_loss").centers)
+    )
+    dtype = jnp.float32 if policy == "float32" else jnp.bfloat16
+    close = {"rtol": 1e-5, "atol": 1e-6} if policy == "float32" else {"rtol": 0.02, "atol": 0.02}
+
+    def loss_of(w, c, z, y):
+        x = (z @ w).astype(dtype)
+        return 0.25 * jcl.center_loss(c, x, y), jcl.update_centers(c, x, y, alpha=0.4)
+
+    for _ in range(3):
+        z, y = rng.normal(size=(8, 4)).astype(np.float32), rng.integers(-1, 5, 8).astype(np.int32)
+        (want, c), grad = jax.value_and_grad(loss_of, has_aux=True)(w, c, z, y)
+        w = w - 0.1 * grad
+        np.testing.assert_allclose(model.train_on_batch([z, y]), want, **close)
+        np.testing.assert_allclose(model.get_layer("features").kernel, w, **close)
+        np.testing.assert_allclose(model.get_layer("center_loss").centers, c, **close)
+    assert model.get_layer("center_loss").centers.value.dtype == jnp.float32
+
+
+# kauldron. What stands in for it has the part of its documented interface that the wrapper uses.
+
+KEY = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    value: Any
+    count: Any
+
+    @classmethod
+    def from_values(cls, values, mask=None, weight=1.0, normalize_by="mask"):
+        mask = jnp.ones(values.shape) if mask is None else jnp.broadcast_to(mask, values.shape)
+        count = mask.sum() if normalize_by == "mask" else values.size
+        return cls(weight * jnp.sum(values * mask), count)
+
+    def compute(self):
+        return self.value / jnp.maximum(self.count, 1e-8)
+
+
+@dataclasses.dataclass(eq=True, frozen=True, kw_only=True)
+class Loss:
+    step: Annotated[Any, KEY] = "step"
+    mask: Annotated[Any, KEY] = None
+    weight: Any = 1.0
+    normalize_by: str = "mask"
+    State = Mean
+
+    def get_weight(self, step=None):
+        return self.weight(step) if callable(self.weight) else jnp.float32(self.weight)
+
+
+def resolve_from_keyed_obj(context, loss):
+    found = {}
+    for field in dataclasses.fields(loss):
+        path = getattr(loss, field.name)
+        if field.name in ("step", "mask", "x", "labels", "centers") and path is not None:
+            value = context
+            for part in path.split("."):
+                value = value[part]
+            found[field.name] = value
+    return found
+
+
+def stand_in():
+    kontext = types.SimpleNamespace(
+        Key=Annotated[Any, KEY], REQUIRED="", resolve_from_keyed_obj=resolve_from_keyed_obj
+    )
+    module = types.ModuleType("kauldron")
+    module.kd = types.SimpleNamespace(losses=types.SimpleNamespace(Loss=Loss), kontext=kontext)
+    return module
+
+
+@pytest.fixture(params=["kauldron", "a stand-in for it"])
+def kauldron_loss(request, monkeypatch):
+    if request.param == "kauldron":
+        pytest.importorskip("kauldron", reason="kauldron is not here; the test runs with a stand-in for it")
+    else:
+        monkeypatch.setitem(sys.modules, "kauldron", stand_in())
+    space = {}
+    exec(compile(KAULDRON, PAGE.name, "exec"), space)
+    return space["CenterLoss"], space["loss"]
+
+
+def context_of(rng, **batch):
+    preds, params = {"features": rng.normal(size=(12, 3))}, {"centers": rng.normal(size=(5, 3))}
+    context = {
+        "step": 3,
+        "preds": preds,
+        "params": params,
+        "batch": {"label": rng.integers(-1, 5, 12), **batch},
+    }
+    context = jax.tree.map(lambda leaf: jnp.asarray(leaf, np.asarray(leaf).dtype.kind + "4"), context)
+    return context, preds["features"], context["batch"]["label"], params["centers"]
+
+
+@pytest.mark.parametrize("fractions", [False, True], ids=["mask", "weights"])
+def test_kauldrons_weight_and_mask_mean_what_is_meant_here(kauldron_loss, rng, fractions):
+    _, loss = kauldron_loss
+    mask = rng.uniform(size=12) if fractions else rng.integers(0, 2, 12).astype(float)
+    mask[11] = 0
+    context, *_ = context_of(rng, mask=mask)
+    context["preds"]["features"] = context["preds"]["features"].at[11].set(jnp.nan)
+    context["batch"]["label"] = context["batch"]["label"].at[11].set(1)
+
+    def theirs(centers, x):
+        preds = {"params": {"centers": centers}, "preds": {"features": x}}
+        return loss.get_state_from_context(context | preds).compute()
+
+    def ours(centers, x):
+        return 0.1 * jcl.center_loss(centers, x, context["batch"]["label"], weights=jnp.float32(mask))
+
+    arrays = context["params"]["centers"], context["preds"]["features"]
+    found, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(*arrays) for f in (theirs, ours))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_kauldron_loss_without_a_mask_with_a_schedule_and_with_nothing_to_count(kauldron_loss, rng):
+    of, _ = kauldron_loss
+    keys = {"x": "preds.features", "labels": "batch.label"}
+    context, x, labels, centers = context_of(rng, mask=np.zeros(12))
+    squares = np.sum((x - centers[labels]) ** 2, axis=-1)[labels >= 0]
+    for options, want in (
+        ({"weight": lambda step: 0.1 * step}, 0.3 * squares.mean()),
+        ({"normalize_by": "values"}, squares.sum() / 12),
+        ({"mask": "batch.mask"}, 0.0),
+    ):
+        found = of(**keys, **options).get_state_from_context(context).compute()
+        np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
+def test_a_kauldron_training_moves_its_centers_without_lambda(kauldron_loss, rng):
+    of, _ = kauldron_loss
+    loss = of(x="preds.features", labels="batch.label", weight=0.1)
+    context, x, labels, centers = context_of(rng)
+    tx = jcl.with_center_optimizer(optax.sgd(0.1), optax.sgd(0.5), weight=0.1)
+    params = context["params"] | {"w": jnp.ones(2)}
+    grads = jax.grad(lambda p: loss.get_state_from_context(context | {"params": p}).compute())(params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    moved = optax.apply_updates(params, updates)["centers"]
+    want = jcl.update_centers(np.float32(centers), np.float32(x), labels, alpha=0.5, rule="gradient")
+    np.testing.assert_allclose(moved, want, rtol=1e-5, atol=1e-6)
