@@ -79,7 +79,7 @@ def as_batch(
                 "weights go into `weights`."
             )
         used = used & _as_per_sample("where", mask, x, names)
-    numbers = None if weights is None else as_weights(weights, x)
+    numbers = None if weights is None else as_weights(weights, x, centers.shape[0])
     _check_concrete_values(labels, where, weights, centers.shape[0], names)
     if numbers is None:
         return Batch(x, indices, used, None)
@@ -132,7 +132,7 @@ def _no_class_indices(labels: Any, classes: jax.Array, x: jax.Array, names: Name
     )
 
 
-def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
+def as_weights(weights: ArrayLike, x: jax.Array, num_classes: int) -> jax.Array:
     """`weights` in float32 or float64, one per sample."""
     if _arrays.is_numpy_like(weights):
         _arrays.check_plain("weights", weights)  # `as_numpy` would drop a mask.
@@ -143,13 +143,14 @@ def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
     if not (jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)):
         raise TypeError(f"weights must be real numbers, got {given.dtype.name}. A mask goes into `where`.")
     dtype = jnp.float64 if given.dtype == jnp.float64 else jnp.float32
-    return _as_per_sample("weights", given, x, FEATURES).astype(dtype)
+    by_class = given.shape == (num_classes,)
+    advice = " If these are weights of classes, pass `weights[labels]`." if by_class else ""
+    return _as_per_sample("weights", given, x, FEATURES, advice).astype(dtype)
 
 
-def _as_per_sample(name: str, array: jax.Array, x: jax.Array, names: Names) -> jax.Array:
+def _as_per_sample(name: str, array: jax.Array, x: jax.Array, names: Names, advice: str = "") -> jax.Array:
     """Returns `array` sharded like `x`, and raises unless it has one entry per sample."""
     if array.shape != x.shape[:-1]:
-        advice = " If these are weights of classes, pass `weights[labels]`." if name == "weights" else ""
         raise ValueError(
             f"{name} must have the shape of {names.labels} {x.shape[:-1]}, got {array.shape}.{advice}"
         )

@@ -59,7 +59,7 @@ def check_batch(
         centers = _checks.as_table(params)
         batch = _batch.as_batch(x, labels, where, weights, centers)
         # In the batch negative weights are NaN, so the weights are taken as they were passed.
-        passed = None if weights is None else _batch.as_weights(weights, batch.x)
+        passed = None if weights is None else _batch.as_weights(weights, batch.x, centers.shape[0])
         faults = _find_faults(centers, batch, passed)
     for fault in faults:
         if isinstance(fault.found, jax.core.Tracer):

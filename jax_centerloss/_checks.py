@@ -143,7 +143,7 @@ def check_reduce_fn(reduce_fn: ReduceFn) -> None:
     if reduce_fn is not None and reduce_fn is not jnp.mean and reduce_fn is not jnp.sum:
         raise ValueError(
             f"reduce_fn must be jnp.mean, jnp.sum or None (per-sample losses), got {reduce_fn!r}. "
-            "For another reduction pass reduce_fn=None and reduce the per-sample losses."
+            "For another reduction pass reduce_fn=None: the losses of samples that are left out are 0."
         )
 
 

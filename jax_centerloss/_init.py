@@ -117,8 +117,14 @@ def _check_shards(sharding: NamedSharding, shape: tuple[int, int]) -> None:
     for name, size, entry in zip(("num_classes", "feat_dim"), shape, spec, strict=False):
         shards = math.prod(sharding.mesh.shape[axis] for axis in placement.mesh_axes(entry))
         if size % shards:
-            unused = "; the centers of additional classes are never used" if name == "num_classes" else ""
+            rounded = -(-size // shards) * shards
+            advice = f"Round it up to {rounded}."
+            if name == "num_classes":
+                advice += (
+                    " No label names the additional classes. Set their centers to NaN, so that "
+                    "`nearest_center` and `center_metrics` do not find them either: "
+                    f"`jnp.where(jnp.arange({rounded})[:, None] < {size}, centers, jnp.nan)`."
+                )
             raise ValueError(
-                f"{name}={size} is not divisible by the {shards} shards of out_sharding={spec}. "
-                f"Round it up to {-(-size // shards) * shards}{unused}."
+                f"{name}={size} is not divisible by the {shards} shards of out_sharding={spec}. {advice}"
             )

@@ -72,7 +72,7 @@ def plot(
     if centers.shape[1] != 2:
         raise ValueError(
             f"plot draws features of two dimensions, got {centers.shape[1]}. Project features and centers "
-            "first, for example with sklearn.decomposition.PCA(2)."
+            "alike first, for example with one sklearn.decomposition.PCA(2)."
         )
     earlier = (
         None

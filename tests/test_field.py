@@ -1011,6 +1011,72 @@ def test_advice_on_names_complex_features_row_optimizers_and_keys():
         jcl.nnx.CenterLoss(4, 2, rngs=jax.random.key(0))
 
 
+def test_advice_on_shards_leads_to_centers_that_nothing_finds():
+    mesh = jax.make_mesh((8,), ("d",))
+    shards = jax.NamedSharding(mesh, P("d", None))
+    with pytest.raises(ValueError, match="Round it up to 16") as raised:
+        jcl.init_centers(jax.random.key(0), 9, 2, out_sharding=shards)
+    centers = jcl.init_centers(jax.random.key(0), 16, 2, out_sharding=shards)["centers"]
+    unused = np.asarray(centers)[9:]
+    assert (jcl.nearest_center(centers, unused) >= 9).all()
+    with jax.set_mesh(mesh):
+        filled = eval(code_of(raised.value)[-1], {"jnp": jnp, "centers": centers})
+    assert filled.sharding == centers.sharding
+    assert (jcl.nearest_center(filled, unused) < 9).all()
+    labels = np.arange(7)
+    for name, value in jcl.center_metrics(np.asarray(centers)[:9], unused, labels).items():
+        np.testing.assert_allclose(jcl.center_metrics(filled, unused, labels)[name], value, rtol=1e-5)
+
+
+def test_advice_on_weights_of_classes_is_given_for_those_alone():
+    weights = np.array([1.0, 2.0, 3.0, 4.0])
+    with pytest.raises(ValueError, match="of classes") as raised:
+        jcl.center_loss(CENTERS, POINTS, OWN, weights=weights)
+    followed = eval(code_of(raised.value)[-1], {"weights": weights, "labels": OWN})
+    found = jcl.center_loss(CENTERS, POINTS, OWN, weights=followed, clip=None)
+    np.testing.assert_allclose(found, np.average(np.sum(POINTS**2, 1), weights=weights[OWN]), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"shape of labels \(3,\), got \(5,\)") as raised:
+        jcl.center_loss(CENTERS, POINTS, OWN, weights=np.ones(5))  # An old batch's, say.
+    assert code_of(raised.value) == []
+
+
+def test_advice_on_previous_centers_and_modules():
+    with pytest.raises(ValueError, match="nothing has moved") as raised:
+        jcl.center_metrics(CENTERS, POINTS, OWN, previous=CENTERS)
+    scope = {"jax": jax, "jnp": jnp, "params": {"centers": jnp.asarray(CENTERS)}}
+    exec(code_of(raised.value)[-1], scope)
+    moved = jcl.update_centers(scope["params"], POINTS, OWN, rule="mean", alpha=1.0)
+    metrics = jcl.center_metrics(moved, POINTS, OWN, previous=scope["previous"])
+    np.testing.assert_allclose(metrics["moved"], np.linalg.norm(POINTS, axis=1).mean(), rtol=1e-6)
+    given = {"centers": jnp.full((4, 2), 3.0)}
+    with pytest.raises(TypeError, match="existing centers") as raised:
+        jcl.nnx.CenterLoss(4, 2, centers_init=given["centers"], rngs=nnx.Rngs(0))
+    module = jcl.nnx.CenterLoss(4, 2, centers_init=eval(code_of(raised.value)[-1], given), rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(module.centers[...], given["centers"])
+
+
+def test_advice_on_which_parameters_are_centers():
+    params = {name: {"centers": jnp.ones((4, 2))} for name in ("center_loss", "kmeans")}
+    with pytest.raises(ValueError, match="several parameters") as raised:
+        jcl.with_center_optimizer(optax.sgd(0.0), optax.sgd(1.0)).init(params)
+    (select,) = [code for code in code_of(raised.value) if "=" in code]
+    tx = jcl.with_center_optimizer(optax.sgd(0.0), optax.sgd(1.0), **eval(f"dict({select})"))
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert (updates["center_loss"]["centers"] == -1).all()
+    assert (updates["kmeans"]["centers"] == 0).all()
+
+
+def test_advice_on_the_dtype_of_a_state():
+    halves, rows = (jcl.row_optimizer(optax.adam(0.1), state_dtype=dtype) for dtype in (jnp.bfloat16, None))
+    state = halves.init(CENTERS)
+    with pytest.raises(ValueError, match="`state_dtype` of this state, or cast the state"):
+        rows.update(CENTERS, state, POINTS, OWN)
+    cast = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, rows.init(CENTERS))
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam needs it.
+        found, want = (rows.update(CENTERS, given, POINTS, OWN)[0] for given in (cast, rows.init(CENTERS)))
+    np.testing.assert_array_equal(found, want)
+
+
 # Variables as Flax has them: their metadata, their references, the names of their axes.
 
 
