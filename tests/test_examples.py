@@ -230,7 +230,7 @@ def assert_stopped(status, error):
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist", "ocr", "omniglot", "pos_tagging", "sharded"])
+@pytest.mark.parametrize("name", ["digits", "mnist", "ocr", "omniglot", "pos_tagging", "reid", "sharded"])
 def test_interrupt_while_importing(name, with_ctrl_c, tmp_path):
     # In JAX's place, whose import takes its time, a module that is interrupted.
     (tmp_path / "jax.py").write_text("import signal; signal.raise_signal(signal.SIGINT); raise ImportError")
