@@ -117,8 +117,8 @@ def batches(labels: np.ndarray, size: int, instances: int, epochs: int, seed: in
     drawings = np.stack([np.flatnonzero(labels == j)[:count] for j in range(labels.max() + 1)])
     for _ in range(epochs):
         drawings = random.permuted(drawings, axis=1)
-        for part in np.split(drawings, count // instances, axis=1):
-            part = random.permutation(part).ravel()
+        for start in range(0, count, instances):
+            part = random.permutation(drawings[:, start : start + instances]).ravel()
             yield from part[: len(part) // size * size].reshape(-1, size)
 
 
