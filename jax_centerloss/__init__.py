@@ -7,23 +7,20 @@ The loss reads only the rows of the batch's classes. With donated centers, `upda
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jax_centerloss._check_batch import check_batch as check_batch
-from jax_centerloss._distances import distance_map as distance_map
-from jax_centerloss._distances import nearest_center as nearest_center
-from jax_centerloss._init import init_centers as init_centers
-from jax_centerloss._loss import center_loss as center_loss
-from jax_centerloss._means import init_from_features as init_from_features
-from jax_centerloss._metrics import center_metrics as center_metrics
-from jax_centerloss._update import update_centers as update_centers
+from jax_centerloss._check_batch import check_batch
+from jax_centerloss._distances import distance_map, nearest_center
+from jax_centerloss._init import init_centers
+from jax_centerloss._loss import center_loss
+from jax_centerloss._means import init_from_features
+from jax_centerloss._metrics import center_metrics
+from jax_centerloss._update import update_centers
 
 if TYPE_CHECKING:
-    from jax_centerloss import linen as linen
-    from jax_centerloss import nnx as nnx
-    from jax_centerloss._optim import with_center_optimizer as with_center_optimizer
-    from jax_centerloss._plot import plot as plot
-    from jax_centerloss._row_optimizer import row_optimizer as row_optimizer
-    from jax_centerloss._torch import from_torch as from_torch
-    from jax_centerloss._torch import to_torch as to_torch
+    from jax_centerloss import linen, nnx
+    from jax_centerloss._optim import with_center_optimizer
+    from jax_centerloss._plot import plot
+    from jax_centerloss._row_optimizer import row_optimizer
+    from jax_centerloss._torch import from_torch, to_torch
 
 __version__ = "0.1.0"
 

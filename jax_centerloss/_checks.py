@@ -21,7 +21,6 @@ ReduceFn = Callable[..., Any] | None
 # The bounds of a squared distance in the PyTorch module github.com/KaiyangZhou/pytorch-center-loss.
 CLIP = (1e-12, 1e12)
 RULES = ("paper", "gradient", "mean")  # The rules of `update_centers`.
-CENTERS_AS = ("param", "state")  # What the centers of a Flax module are.
 FLOAT_ADVICE = "Centers are floating point: use jnp.float32 or jnp.bfloat16, for example."
 
 
@@ -171,22 +170,12 @@ def check_declared_shape(centers: jax.Array, num_classes: int, feat_dim: int) ->
 
 
 def check_module(
-    num_classes: int,
-    feat_dim: int,
-    *,
-    clip: Clip,
-    reduce_fn: ReduceFn,
-    centers_as: str,
-    param_dtype: DTypeLike,
-    centers_init: Any,
+    clip: Clip, reduce_fn: ReduceFn, centers_as: str, param_dtype: DTypeLike, centers_init: Any
 ) -> None:
-    """Checks options of both Flax modules.
-
-    `out_sharding` is checked by `init_centers`, and `axis_name` by JAX.
-    """
+    """Checks options of both Flax modules: all but the sizes, `out_sharding`, and `axis_name`."""
     as_clip(clip)
     check_reduce_fn(reduce_fn)
-    check_choice("centers_as", centers_as, CENTERS_AS)
+    check_choice("centers_as", centers_as, ("param", "state"))
     check_floating(param_dtype, "param_dtype", FLOAT_ADVICE)
     if not callable(centers_init):
         raise TypeError(
@@ -194,4 +183,3 @@ def check_module(
             f"{_arrays.describe(centers_init)}. To start from existing centers, pass "
             "`lambda key, shape, dtype: centers`."
         )
-    as_shape(num_classes, feat_dim)

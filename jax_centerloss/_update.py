@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax import lax
 from jax.typing import ArrayLike
 
 from jax_centerloss import _batch, _checks, _rules
@@ -87,18 +88,29 @@ def update_centers(
       Wen et al, A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016
       (https://doi.org/10.1007/978-3-319-46478-7_31).
     """
-    centers = _checks.as_table(params)
-    batch = _batch.as_batch(x, labels, where, weights, centers)
-    moved = move(centers, batch, _rules.as_rule(rule, alpha), axis_name, after, rounding_key)
-    return jax.tree.unflatten(jax.tree.structure(params), [moved])
+    batch = x, labels, where, weights
+    return move(params, batch, _rules.as_rule(rule, alpha), axis_name, after, rounding_key)
 
 
 def move(
-    centers: jax.Array, batch: Batch, rule: Rule, axis_name: AxisName, after: Any, rounding_key: Any
-) -> jax.Array:
-    """`update_centers` of a checked batch by a checked rule."""
+    params: Any,
+    given: tuple[ArrayLike, ArrayLike, ArrayLike | None, ArrayLike | None],
+    rule: Rule,
+    axis_name: AxisName,
+    after: Any,
+    rounding_key: Any,
+    *,
+    stop_gradient: bool = False,
+) -> Any:
+    """`update_centers` by a checked rule, with a batch `(x, labels, where, weights)` as it was given."""
+    centers = _checks.as_table(params)
+    batch = _batch.as_batch(*given, centers)
+    after = _checks.as_after(after)
+    if stop_gradient:
+        centers, batch, rule, after = lax.stop_gradient((centers, batch, rule, after))
     seed = rounding.seed_of(_checks.as_key("rounding_key", rounding_key), centers)
-    return _move_jitted(centers, batch, rule, _checks.as_after(after), seed, axis_name=axis_name)
+    moved = _move_jitted(centers, batch, rule, after, seed, axis_name=axis_name)
+    return jax.tree.unflatten(jax.tree.structure(params), [moved])
 
 
 @placement.jit_on_auto_axes(placement.sharding_of, static_argnames="axis_name")

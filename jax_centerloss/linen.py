@@ -1,13 +1,14 @@
 """Center loss as a Flax Linen module."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 from jax.nn.initializers import normal
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _batch, _checks, _init, _loss, _rules, _update
+from jax_centerloss import _checks, _init, _loss, _rules, _update
 from jax_centerloss._checks import Clip, ReduceFn
 from jax_centerloss._init import OutSharding
 from jax_centerloss._rows.placement import AxisName
@@ -72,15 +73,8 @@ class CenterLoss(nn.Module):
     rule: str = "paper"
 
     def __post_init__(self) -> None:
-        _checks.check_module(
-            self.num_classes,
-            self.feat_dim,
-            clip=self.clip,
-            reduce_fn=self.reduce_fn,
-            centers_as=self.centers_as,
-            param_dtype=self.param_dtype,
-            centers_init=self.centers_init,
-        )
+        _checks.check_module(self.clip, self.reduce_fn, self.centers_as, self.param_dtype, self.centers_init)
+        _checks.as_shape(self.num_classes, self.feat_dim)
         _checks.check_choice("rule", self.rule, _checks.RULES)
         _checks.as_scalar("alpha", self.alpha)
         super().__post_init__()
@@ -114,23 +108,13 @@ class CenterLoss(nn.Module):
             centers = state.value
         _checks.check_declared_shape(_checks.as_table(centers), self.num_classes, self.feat_dim)
         axis_name = None if self.is_initializing() else self.axis_name
-        loss = _loss.center_loss(
-            centers,
-            x,
-            labels,
-            where=where,
-            weights=weights,
-            reduce_fn=self.reduce_fn,
-            clip=self.clip,
-            axis_name=axis_name,
-        )
+        own_loss = partial(_loss.center_loss, reduce_fn=self.reduce_fn, clip=self.clip, axis_name=axis_name)
+        loss = own_loss(centers, x, labels, where=where, weights=weights)
         may_move = self.is_mutable_collection("centers") and not self.is_initializing()
         if self.centers_as == "state" and may_move:
-            table = _checks.as_table(centers)
-            batch = _batch.as_batch(x, labels, where, weights, table)
             rule = _rules.as_rule(self.rule, self.alpha, self.clip, self.reduce_fn)
             key = self.make_rng("rounding") if self.has_rng("rounding") else None
-            table, batch, rule, after = lax.stop_gradient((table, batch, rule, loss))
-            moved = _update.move(table, batch, rule, axis_name, after, key)
-            state.value = jax.tree.unflatten(jax.tree.structure(centers), [moved])
+            state.value = _update.move(
+                centers, (x, labels, where, weights), rule, axis_name, loss, key, stop_gradient=True
+            )
         return loss

@@ -1,19 +1,18 @@
 """Center loss as a Flax NNX module."""
 
-import contextlib
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import spmd
-from jax import lax
 from jax.experimental.layout import Format
 from jax.nn.initializers import normal
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _arrays, _batch, _checks, _init, _loss, _rules, _update
+from jax_centerloss import _arrays, _checks, _init, _loss, _rules, _update
 from jax_centerloss._checks import Clip, ReduceFn
 from jax_centerloss._init import OutSharding
 from jax_centerloss._optim import OWNER
@@ -32,10 +31,13 @@ def _sharding_metadata(out_sharding: Any) -> dict[str, Any]:
     if out_sharding is None:
         return {}
     name = "out_sharding" if _EAGER_SHARDING else "sharding"
-    sharding = out_sharding.sharding if isinstance(out_sharding, Format) else out_sharding
-    if isinstance(sharding, NamedSharding):
-        return {name: sharding.spec, "mesh": sharding.mesh}
-    return {name: sharding} if isinstance(sharding, PartitionSpec) else {}
+    if isinstance(out_sharding, Format):
+        # With eager sharding Flax would reshard the centers, and lose their memory layout.
+        layout = {"eager_sharding": False} if _EAGER_SHARDING else {}
+        return layout | _sharding_metadata(out_sharding.sharding)
+    if isinstance(out_sharding, NamedSharding):
+        return {name: out_sharding.spec, "mesh": out_sharding.mesh}
+    return {name: out_sharding} if isinstance(out_sharding, PartitionSpec) else {}
 
 
 def _on_mesh(out_sharding: Any) -> Any:
@@ -110,15 +112,7 @@ class CenterLoss(nnx.Module):
         out_sharding: OutSharding | tuple[Any, ...] | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        _checks.check_module(
-            num_classes,
-            feat_dim,
-            clip=clip,
-            reduce_fn=reduce_fn,
-            centers_as=centers_as,
-            param_dtype=param_dtype,
-            centers_init=centers_init,
-        )
+        _checks.check_module(clip, reduce_fn, centers_as, param_dtype, centers_init)
         if not isinstance(rngs, nnx.Rngs):
             raise TypeError(f"rngs must be nnx.Rngs, such as `nnx.Rngs(0)`, got {_arrays.describe(rngs)}.")
         self.num_classes, self.feat_dim = _checks.as_shape(num_classes, feat_dim)
@@ -127,21 +121,11 @@ class CenterLoss(nnx.Module):
         self.axis_name = axis_name
         if type(out_sharding) is tuple:
             out_sharding = PartitionSpec(*out_sharding)
-        drawn = _init.init_centers(
-            rngs.params(),
-            num_classes,
-            feat_dim,
-            initializer=centers_init,
-            dtype=param_dtype,
-            out_sharding=_on_mesh(out_sharding),
-        )
+        draw = partial(_init.init_centers, initializer=centers_init, dtype=param_dtype)
+        drawn = draw(rngs.params(), num_classes, feat_dim, out_sharding=_on_mesh(out_sharding))
         kind = nnx.Param if centers_as == "param" else Centers
         metadata: dict[str, Any] = OWNER | _sharding_metadata(out_sharding)
-        # With eager sharding Flax would reshard the centers, and lose the memory layout of a `Format`.
-        has_layout = _EAGER_SHARDING and isinstance(out_sharding, Format)
-        use_eager_sharding: Any = nnx.use_eager_sharding if has_layout else contextlib.nullcontext
-        with use_eager_sharding(False):
-            self.centers = kind(drawn["centers"], **metadata)
+        self.centers = kind(drawn["centers"], **metadata)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Writes an array that is assigned to `centers` into their Variable.
@@ -180,17 +164,8 @@ class CenterLoss(nnx.Module):
         weights: ArrayLike | None = None,
     ) -> jax.Array:
         """The loss of features `(..., D)` with integer labels `(...)`: see `jax_centerloss.center_loss`."""
-        centers = self._table()
-        return _loss.center_loss(
-            centers,
-            x,
-            labels,
-            where=where,
-            weights=weights,
-            reduce_fn=self.reduce_fn,
-            clip=self.clip,
-            axis_name=self.axis_name,
-        )
+        loss = partial(_loss.center_loss, reduce_fn=self.reduce_fn, clip=self.clip, axis_name=self.axis_name)
+        return loss(self._table(), x, labels, where=where, weights=weights)
 
     def update_centers(
         self,
@@ -215,10 +190,9 @@ class CenterLoss(nnx.Module):
         leaves them alone. `"gradient"` is the gradient of the loss of this module, with its `clip` (of the
         sum for `reduce_fn=jnp.sum`, otherwise of the mean).
         """
-        centers = self._table()
-        batch = _batch.as_batch(x, labels, where, weights, centers)
+        batch = x, labels, where, weights
         own_rule = _rules.as_rule(rule, alpha, self.clip, self.reduce_fn)
-        after = _checks.as_after(after)
-        centers, batch, own_rule, after = lax.stop_gradient((centers, batch, own_rule, after))
-        moved = _update.move(centers, batch, own_rule, self.axis_name, after, rounding_key)
+        moved = _update.move(
+            self._table(), batch, own_rule, self.axis_name, after, rounding_key, stop_gradient=True
+        )
         nnx.update(self, {"centers": moved})
