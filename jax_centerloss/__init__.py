@@ -13,25 +13,22 @@ from jax_centerloss._init import init_centers
 from jax_centerloss._loss import center_loss
 from jax_centerloss._means import init_from_features
 from jax_centerloss._metrics import center_metrics
+from jax_centerloss._plot import plot
+from jax_centerloss._torch import from_torch, to_torch
 from jax_centerloss._update import update_centers
 
 if TYPE_CHECKING:
     from jax_centerloss import linen, nnx
     from jax_centerloss._optim import with_center_optimizer
-    from jax_centerloss._plot import plot
     from jax_centerloss._row_optimizer import row_optimizer
-    from jax_centerloss._torch import from_torch, to_torch
 
 __version__ = "0.1.0"
 
 # Imported when first used: importing the package costs no more than importing jax.
 _LAZY = {
-    "from_torch": "_torch",
     "linen": "linen",
     "nnx": "nnx",
-    "plot": "_plot",
     "row_optimizer": "_row_optimizer",
-    "to_torch": "_torch",
     "with_center_optimizer": "_optim",
 }
 

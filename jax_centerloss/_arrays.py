@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 # How a mask of these arguments leaves samples out.
 _LEFT_OUT = ".astype(int).filled(-1)"
+_FILLED_X = "x=x.filled(0)` with `where=~np.ma.getmaskarray(x).any(-1)"
 _FILLED = {"labels": _LEFT_OUT, "rows": _LEFT_OUT, "where": ".filled(False)", "weights": ".filled(0)"}
 
 
@@ -68,13 +69,11 @@ def check_plain(name: str, value: Any) -> None:
     """Raises for an array, or a list with one, whose mask or unit `np.asarray` would drop."""
     for leaf in jax.tree.leaves(value) if isinstance(value, list | tuple) else [value]:
         if isinstance(leaf, np.ma.MaskedArray):
-            advice = (
-                f"`{name}{_FILLED[name]}` leaves masked samples out."
-                if name in _FILLED
-                else "Leave masked samples out, for example by `x=x.filled(0)` with "
-                "`where=~np.ma.getmaskarray(x).any(-1)`."
+            filled = f"{name}{_FILLED[name]}" if name in _FILLED else _FILLED_X
+            raise TypeError(
+                f"{name} must not be a masked array, of which JAX would drop the mask. `{filled}` leaves "
+                "masked samples out."
             )
-            raise TypeError(f"{name} must not be a masked array, of which JAX would drop the mask. {advice}")
         if any(hasattr(type(leaf), attribute) for attribute in ("unit", "units")):
             raise TypeError(
                 f"{name} must be plain numbers, got {type(leaf).__name__}, whose unit would be dropped. Pass "
@@ -102,7 +101,6 @@ def describe(value: Any) -> str:
 
 def is_concrete(value: ArrayLike | None) -> bool:
     """Whether the values can be read: they are not traced, and fully addressable by this process."""
-    leaves = jax.tree.leaves(value)  # A list of labels may hold tracers.
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        return False
-    return all(leaf.is_fully_addressable for leaf in leaves if isinstance(leaf, jax.Array))
+    # A list of labels may hold tracers.
+    arrays = [leaf for leaf in jax.tree.leaves(value) if isinstance(leaf, jax.Array)]
+    return not any(isinstance(a, jax.core.Tracer) or not a.is_fully_addressable for a in arrays)

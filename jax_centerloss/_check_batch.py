@@ -1,6 +1,6 @@
 """Names what is wrong with a batch: the one place that uses checkify."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,58 +57,38 @@ def check_batch(
     """
     with jax.debug_nans(False), jax.debug_infs(False):  # These would raise first, and name no sample.
         centers = _checks.as_table(params)
-        batch = _batch.as_batch(x, labels, where, weights, centers)
-        # In the batch negative weights are NaN, so the weights are taken as they were passed.
-        passed = None if weights is None else _batch.as_weights(weights, batch.x, centers.shape[0])
-        faults = _find_faults(centers, batch, passed)
-    for fault in faults:
-        if isinstance(fault.found, jax.core.Tracer):
-            fine = jnp.logical_not(fault.found)
-            checkify.debug_check(fine, fault.message, label=fault.label, value=fault.value)
-        elif fault.found:
-            raise ValueError(fault.message.format(label=fault.label, value=fault.value) + ".")
+        x, labels, used, _ = _batch.as_batch(x, labels, where, weights, centers)
+        if weights is not None:
+            # In the batch negative weights are NaN, so the weights are taken as they were passed.
+            passed = _batch.as_weights(weights, x, centers.shape[0])
+            used = used & (passed != 0)
+            message = "the weight of a used sample, of class {label}, is {value}"
+            _report(message, labels, used & (passed < 0), passed)
+            _report(message, labels, used & jnp.logical_not(jnp.isfinite(passed)), passed)
+        message = f"label {{label}} is out of range for {centers.shape[0]} classes"
+        _report(message, labels, used & (labels >= centers.shape[0]), jnp.zeros_like(used))
+        message = "a feature of a used sample, of class {label}, is {value}"
+        _report(message, labels, used[..., None] & jnp.logical_not(jnp.isfinite(x)), x)
+        rows, in_range = table.gather_label_rows(centers, labels, x)
+        message = "the center of class {label}, of a used sample, holds {value}"
+        _report(message, labels, (used & in_range)[..., None] & jnp.logical_not(jnp.isfinite(rows)), rows)
 
 
-class Fault(NamedTuple):
-    """One kind of fault, with an example of it."""
+def _report(message: str, labels: jax.Array, bad: jax.Array, values: jax.Array) -> None:
+    """Raises, or adds to checkify's error, if anything is `bad`.
 
-    message: str  # With fields for the label and the value.
-    found: jax.Array  # A bool, whether there is an example.
-    label: jax.Array
-    value: jax.Array
-
-
-def _find_faults(centers: jax.Array, batch: _batch.Batch, weights: jax.Array | None) -> list[Fault]:
-    x, labels, used, _ = batch
-    faults = []
-    if weights is not None:
-        used = used & (weights != 0)
-        message = "the weight of a used sample, of class {label}, is {value}"
-        faults.append(_fault(message, labels, used & (weights < 0), weights))
-        faults.append(_fault(message, labels, used & jnp.logical_not(jnp.isfinite(weights)), weights))
-    rows, in_range = table.gather_label_rows(centers, labels, x)
-    message = f"label {{label}} is out of range for {centers.shape[0]} classes"
-    faults.append(_fault(message, labels, used & (labels >= centers.shape[0]), jnp.zeros_like(used)))
-    message = "a feature of a used sample, of class {label}, is {value}"
-    faults.append(_fault(message, labels, used[..., None] & jnp.logical_not(jnp.isfinite(x)), x))
-    message = "the center of class {label}, of a used sample, holds {value}"
-    broken = (used & in_range)[..., None] & jnp.logical_not(jnp.isfinite(rows))
-    return [*faults, _fault(message, labels, broken, rows)]
-
-
-def _fault(message: str, labels: jax.Array, bad: jax.Array, values: jax.Array) -> Fault:
-    """The fault where `bad` is True, with the greatest label that has it as the example.
-
-    Its value is NaN if a bad value of that label is NaN, else infinity if one is, else the lowest one. So the
-    example is the same on every platform.
+    The greatest label that has a bad value is the example. The value shown is NaN if a bad value of that
+    label is NaN, else infinity if one is, else the lowest one. So the example is the same on every platform.
     """
-    per_value = bad.ndim > labels.ndim
-    of_sample = jnp.any(bad, axis=-1) if per_value else bad
-    label = jnp.max(jnp.where(of_sample, labels, jnp.zeros((), labels.dtype)), initial=0)
-    same = labels == label
-    shown = bad & (same[..., None] if per_value else same)
+    labels = labels.reshape(labels.shape + (1,) * (bad.ndim - labels.ndim))
+    label = jnp.max(jnp.where(bad, labels, jnp.zeros((), labels.dtype)), initial=0)
+    shown = bad & (labels == label)
     values = values.astype(jnp.float32)
     value = jnp.min(jnp.where(shown, values, np.float32(np.inf)), initial=np.inf)
     value = jnp.where(jnp.any(shown & (values == jnp.inf)), np.float32(np.inf), value)
     value = jnp.where(jnp.any(shown & jnp.isnan(values)), np.float32(np.nan), value)
-    return Fault(message, jnp.any(bad), label, value)
+    fine = jnp.logical_not(jnp.any(bad))
+    if isinstance(fine, jax.core.Tracer):
+        checkify.debug_check(fine, message, label=label, value=value)
+    elif not fine:
+        raise ValueError(message.format(label=label, value=value) + ".")

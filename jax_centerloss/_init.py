@@ -70,35 +70,28 @@ def init_centers(
 
     if out_sharding is None:
         return {"centers": draw(key)}
-    out = _as_sharding(out_sharding, shape)
+    out = _on_mesh(out_sharding)
     sharding = out.sharding if isinstance(out, Format) else out
-    explicit = placement.explicit_axes(sharding.mesh) if isinstance(sharding, NamedSharding) else ()
-    if explicit:
-        # Under Explicit axes each device would hold the intermediate results as full tables.
-        draw = jax.sharding.auto_axes(draw, axes=explicit, out_sharding=sharding)
+    if isinstance(sharding, NamedSharding):  # JAX checks any other sharding of a `Format`.
+        _check_shards(sharding, shape)
+        explicit = placement.explicit_axes(sharding.mesh)
+        if explicit:
+            # Under Explicit axes each device would hold the intermediate results as full tables.
+            draw = jax.sharding.auto_axes(draw, axes=explicit, out_sharding=sharding)
     return {"centers": jax.jit(draw, out_shardings=out)(key)}
 
 
-def _as_sharding(out_sharding: OutSharding, shape: tuple[int, int]) -> NamedSharding | Format:
-    """`out_sharding`, checked against the shape. A `PartitionSpec` gets the mesh of `jax.set_mesh`."""
+def _on_mesh(out_sharding: OutSharding) -> NamedSharding | Format:
+    """`out_sharding`, with the mesh of `jax.set_mesh` if it is a `PartitionSpec`."""
     if not isinstance(out_sharding, OutSharding):
         raise TypeError(
             "out_sharding must be a jax.sharding.PartitionSpec or NamedSharding, or a "
             f"jax.experimental.layout.Format, got {out_sharding!r}. "
             'PartitionSpec("classes", None) splits centers by class over the axis "classes" of a mesh.'
         )
-    if isinstance(out_sharding, Format):  # JAX checks any other sharding of a `Format`.
-        if isinstance(out_sharding.sharding, NamedSharding):
-            _check_shards(out_sharding.sharding, shape)
+    if not isinstance(out_sharding, PartitionSpec):
         return out_sharding
-    if isinstance(out_sharding, PartitionSpec):
-        out_sharding = _on_context_mesh(out_sharding)
-    _check_shards(out_sharding, shape)
-    return out_sharding
-
-
-def _on_context_mesh(spec: PartitionSpec) -> NamedSharding:
-    mesh = jax.sharding.get_abstract_mesh()
+    spec, mesh = out_sharding, jax.sharding.get_abstract_mesh()
     if mesh.empty:
         raise ValueError(
             f"out_sharding={spec} needs a mesh: make the centers under `jax.set_mesh(mesh)`, or "

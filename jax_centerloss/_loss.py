@@ -83,15 +83,11 @@ def center_loss(
     if weights is not None:
         # A sample of weight 0 is left out if its loss is not finite, since 0 * NaN is NaN. Otherwise it stays
         # in, so that the derivative with respect to its weight is right.
-        used = used & ((weights != 0) | _has_finite_loss(x, rows, in_range, used))
+        counts = weights != 0
+        distance = lax.stop_gradient(_reduce.squared_distance(x, rows, in_range, used))
+        used = used & (counts | (in_range & jnp.isfinite(distance)))
     losses = sample_losses(x, rows, in_range, used, clip=clip, num_classes=centers.shape[0])
     return _reduce.reduce(losses, used, weights, reduce_fn, axis_name, counted=used & in_range)
-
-
-def _has_finite_loss(x: jax.Array, rows: jax.Array, in_range: jax.Array, used: jax.Array) -> jax.Array:
-    """Whether the loss of a sample is finite, without a derivative."""
-    distance = lax.stop_gradient(_reduce.squared_distance(x, rows, in_range, used))
-    return in_range & jnp.isfinite(distance)
 
 
 def sample_losses(

@@ -74,11 +74,8 @@ def plot(
             f"plot draws features of two dimensions, got {centers.shape[1]}. Project features and centers "
             "alike first, for example with one sklearn.decomposition.PCA(2)."
         )
-    earlier = (
-        None
-        if previous is None
-        else np.asarray(_checks.as_previous_table(params, previous, centers), np.float64)
-    )
+    if previous is not None:
+        previous = np.asarray(_checks.as_previous_table(params, previous, centers), np.float64)
     x, labels, used, _ = _batch.as_batch(x, labels, where, None, centers)
     # NumPy from here on, since a picture is drawn on the host.
     table, points = np.asarray(centers, np.float64), np.asarray(x, np.float64).reshape(-1, 2)
@@ -90,16 +87,15 @@ def plot(
 
     ax = _new_axes() if ax is None else ax
     colors = _colors(len(colored))
+    point_colors, class_colors = (colors[np.searchsorted(colored, drawn)] for drawn in (classes, seen))
     if len(points) > _MOST_DOTS if density is None else density:
-        _draw_density(ax, points, colors[np.searchsorted(colored, classes)])
+        _draw_density(ax, points, point_colors)
     else:
         size = float(np.clip(16 * 1000 / max(len(points), 1), 2, 16))
-        ax.scatter(
-            points[:, 0], points[:, 1], s=size, c=colors[np.searchsorted(colored, classes)], linewidths=0
-        )
-    now, class_colors = table[seen], colors[np.searchsorted(colored, seen)]
-    if earlier is not None:
-        start = earlier[seen]
+        ax.scatter(points[:, 0], points[:, 1], s=size, c=point_colors, linewidths=0)
+    now = table[seen]
+    if previous is not None:
+        start = previous[seen]
         ax.quiver(*start.T, *(now - start).T, angles="xy", scale_units="xy", scale=1, width=0.005, zorder=3)
         ax.update_datalim(start)
     ax.scatter(now[:, 0], now[:, 1], s=80, c=class_colors, marker="X", edgecolors="black", zorder=4)

@@ -109,45 +109,43 @@ def _load(path: str, key: str) -> Any:
     os.stat(path)  # Raises FileNotFoundError.
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path!r} is a folder: pass the file in it that holds the centers.")
-    if path.lower().endswith(".safetensors"):
-        return _load_safetensors(path, key)
+    try:
+        if path.lower().endswith(".safetensors"):
+            return _read_safetensors(path, key)
+        return _read_by_torch(path)
+    except (OSError, MemoryError, ImportError):  # The system's errors are raised as they are.
+        raise
+    except Exception as error:  # The loaders raise errors of many types over a broken file.
+        reason = f"{type(error).__name__}: {_arrays.first_line(error)}"
+        # A refusal is a `pickle.UnpicklingError`. Its name is compared, so that pickle need not be imported.
+        if type(error).__name__ == "UnpicklingError":
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            cause = f"it holds {found[1]}" if found else "it is no pickle of tensors"
+            reason = (
+                f"PyTorch's safe loader refuses it, since {cause}. If a whole module was saved by "
+                "`torch.save(net, path)`, save `net.state_dict()` instead. If it is a checkpoint with other "
+                "objects beside the tensors, and you trust it, pass what "
+                "`torch.load(path, weights_only=False)` returns."
+            )
+        raise ValueError(f"{path!r} can't be read: {reason}") from error
+
+
+def _read_by_torch(path: str) -> Any:
     try:
         import torch
     except ImportError as error:
         raise ImportError(
             f"reading {path!r} needs torch. Without it, pass arrays, or a .safetensors file."
         ) from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):  # The system's errors are raised as they are.
-        raise
-    except Exception as error:  # The loader raises errors of many types over a broken file.
-        # A refusal is a `pickle.UnpicklingError`. Its name is compared, so that pickle need not be imported.
-        if type(error).__name__ != "UnpicklingError":
-            raise ValueError(
-                f"{path!r} can't be read: {type(error).__name__}: {_arrays.first_line(error)}"
-            ) from error
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"since it holds {found[1]}" if found else "since it is no pickle of tensors"
-        raise ValueError(
-            f"{path!r} can't be read: PyTorch's safe loader refuses it, {reason}. If a whole module was "
-            "saved by `torch.save(net, path)`, save `net.state_dict()` instead. If it is a checkpoint with "
-            "other objects beside the tensors, and you trust it, pass what "
-            "`torch.load(path, weights_only=False)` returns."
-        ) from error
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _load_safetensors(path: str, key: str) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
+def _read_safetensors(path: str, key: str) -> dict[str, Any]:
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) if name == key else _Unread(file, name) for name in names}
-    except (SafetensorError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path!r} can't be read: {type(error).__name__}: {_arrays.first_line(error)}"
-        ) from error
+    with safe_open(path, framework="numpy") as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) if name == key else _Unread(file, name) for name in names}
 
 
 class _Unread:
@@ -162,10 +160,8 @@ def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of nested mappings, by dotted names."""
     found: dict[str, Any] = {}
     for name, value in mapping.items():
-        if isinstance(value, Mapping):
-            found |= _flatten(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
+        path = f"{prefix}{name}"
+        found |= _flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
     return found
 
 
