@@ -16,7 +16,6 @@ class Names(NamedTuple):
 
     x: str = "x"
     labels: str = "labels"
-    label: str = "label"
     order: str = "Labels come after it: (params, x, labels)."
     arguments: str = "(params, x), or (params, x, labels)"
     advice: str = "Pass the features `(..., D)` alone, not a tuple of all outputs of the model."
@@ -24,9 +23,8 @@ class Names(NamedTuple):
 
 FEATURES = Names()
 GRADIENTS = Names(
-    x="gradients",
-    labels="rows",
-    label="row",
+    "gradients",
+    "rows",
     order="The order is (params, state, rows, gradients).",
     arguments="(params, state, rows, gradients)",
     advice="Pass the gradients `(..., D)`, one for each index in `rows`.",
@@ -49,6 +47,10 @@ def as_features(x: ArrayLike, centers: jax.Array, names: Names = FEATURES) -> ja
     return x
 
 
+# The arguments `(x, labels, where, weights)`.
+Given = tuple[ArrayLike, ArrayLike, ArrayLike | None, ArrayLike | None]
+
+
 class Batch(NamedTuple):
     """A checked batch. Its arrays are sharded as `x` is, if they are on a mesh."""
 
@@ -56,7 +58,7 @@ class Batch(NamedTuple):
     labels: jax.Array  # (...), integers of at least 32 bits.
     # (...), whether `where` selects the sample and its label is not negative. One of weight 0 is used here.
     used: jax.Array
-    weights: jax.Array | None  # (...), 0 for an unused sample, NaN for a negative weight.
+    weights: _checks.Weights  # (...), 0 for an unused sample, NaN for a negative weight.
 
 
 def as_batch(
@@ -157,9 +159,7 @@ def _as_per_sample(name: str, array: jax.Array, x: jax.Array, names: Names, advi
     return placement.reshard_like_samples(array, x)
 
 
-def _check_concrete_values(
-    labels: ArrayLike, where: Any, weights: Any, num_classes: int, names: Names
-) -> None:
+def _check_concrete_values(labels: Any, where: Any, weights: Any, num_classes: int, names: Names) -> None:
     """Raises on a label `>= C` and on a negative weight, where the values are known to this process.
 
     Labels and masks that are on a device are copied to the host for that. Not checked are samples that
@@ -183,6 +183,6 @@ def _check_concrete_values(
     outside = (values >= num_classes) & used
     if outside.any():
         raise ValueError(
-            f"{names.label} {values[outside].flat[0]} is out of range for {num_classes} classes: "
+            f"{names.labels[:-1]} {values[outside].flat[0]} is out of range for {num_classes} classes: "
             f"{names.labels} go from 0 to {num_classes - 1}; negative ones are ignored."
         )

@@ -17,10 +17,15 @@ from jax_centerloss import _arrays
 
 Clip = tuple[float, float] | None
 ReduceFn = Callable[..., Any] | None
+Weights = jax.Array | None  # One number per sample, or None if all count alike.
 
 # The bounds of a squared distance in the PyTorch module github.com/KaiyangZhou/pytorch-center-loss.
 CLIP = (1e-12, 1e12)
 RULES = ("paper", "gradient", "mean")  # The rules of `update_centers`.
+KEY_ADVICE = (
+    "Pass a new key in each step, for example `jax.random.fold_in(jax.random.key(0), step)`, or in NNX "
+    "`rngs.rounding()`, from a stream of your `nnx.Rngs`."
+)
 FLOAT_ADVICE = "Centers are floating point: use jnp.float32 or jnp.bfloat16, for example."
 
 
@@ -52,11 +57,8 @@ def as_table(params: Any, name: str = "params", advice: str = "") -> jax.Array:
             '`variables["params"]["<module>"]` (`variables["centers"]["<module>"]` if centers are state).'
             f"{advice}"
         )
-    centers = _arrays.as_array(
-        f"the leaf of {name}",
-        leaves[0][1],
-        'Pass the (C, D) centers. A Linen module holds none: pass its `variables["params"]`.',
-    )
+    mend = 'Pass the (C, D) centers. A Linen module holds none: pass its `variables["params"]`.'
+    centers = _arrays.as_array(f"the leaf of {name}", leaves[0][1], mend)
     if centers.ndim != 2 or 0 in centers.shape:
         shown = "centers" if name == "params" else name
         raise ValueError(
@@ -82,25 +84,20 @@ def as_scalar(name: str, value: Any, advice: str | None = None) -> float | jax.A
     return number
 
 
-def as_key(name: str, value: Any) -> jax.Array | None:
+def as_rounding_key(value: Any) -> jax.Array | None:
     """Returns one PRNG key, new-style typed or legacy uint32. None stays None."""
     if value is None:
         return None
-    advice = (
-        "Pass a new key in each step, for example `jax.random.fold_in(jax.random.key(0), step)`, or in NNX "
-        "`rngs.rounding()`, from a stream of your `nnx.Rngs`."
-    )
-    keys = _arrays.as_array(name, value, advice, "a PRNG key")
-    ndim = keys.ndim
+    keys = _arrays.as_array("rounding_key", value, KEY_ADVICE, "a PRNG key")
+    shape = keys.shape
+    found = f"of shape {shape}. {KEY_ADVICE}"
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
         raw = jax.eval_shape(jax.random.PRNGKey, 0)
-        if keys.dtype != raw.dtype or keys.shape[-1:] != raw.shape:
-            raise TypeError(
-                f"{name} must be a PRNG key, got {keys.dtype.name} of shape {keys.shape}. {advice}"
-            )
-        ndim -= 1
-    if ndim:
-        raise ValueError(f"{name} must be one key, got keys of shape {keys.shape}. {advice}")
+        if keys.dtype != raw.dtype or shape[-1:] != raw.shape:
+            raise TypeError(f"rounding_key must be a PRNG key, got {keys.dtype.name} {found}")
+        shape = shape[:-1]
+    if shape:
+        raise ValueError(f"rounding_key must be one key, got keys {found}")
     return keys
 
 
@@ -179,7 +176,6 @@ def check_module(
     check_floating(param_dtype, "param_dtype", FLOAT_ADVICE)
     if not callable(centers_init):
         raise TypeError(
-            "centers_init must be a function of a key, a shape and a dtype, got "
-            f"{_arrays.describe(centers_init)}. To start from existing centers, pass "
-            "`lambda key, shape, dtype: centers`."
+            f"centers_init must be a function of key, shape and dtype, got {_arrays.describe(centers_init)}. "
+            "To start from existing centers, pass `lambda key, shape, dtype: centers`."
         )

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jax_centerloss import _batch, _checks
+from jax_centerloss import _batch, _checks, _rules
 from jax_centerloss._rows import groups, placement, table
 
 _NAMED = 8  # The warning lists at most this many classes.
@@ -55,20 +55,17 @@ def init_from_features(params: Any, batches: Iterable[tuple[ArrayLike, ArrayLike
                 f"batches must hold pairs (x, labels), got {found}. A single batch is `[(x, labels)]`; "
                 "negative labels leave samples out."
             )
-        batch = _batch.as_batch(pair[0], pair[1], None, None, centers)
+        batch = _batch.as_batch(*pair, None, None, centers)
         if any(isinstance(a, jax.core.Tracer) for a in (centers, batch.x, batch.labels)):
             raise TypeError("init_from_features loops over a stream of batches: call it outside of jit.")
         # Wait: on a CPU an array that the loader made with `jnp.asarray` may share the loader's buffer.
         state = jax.block_until_ready(_add_batch(state, batch))
-    means, counts = state.means, state.counts
-    num_unseen, first = _find_unseen(counts)
+    num_unseen, first = _find_unseen(state.counts)
     if num_unseen:
         names = ", ".join(map(str, np.asarray(first)[:num_unseen])) + (", ..." if num_unseen > _NAMED else "")
-        warnings.warn(
-            f"{num_unseen} of {counts.size} classes were never seen and keep their centers: {names}.",
-            stacklevel=2,
-        )
-    return jax.tree.unflatten(jax.tree.structure(params), [means.astype(centers.dtype)])
+        message = f"{num_unseen} of {len(centers)} classes were never seen and keep their centers: {names}."
+        warnings.warn(message, stacklevel=2)
+    return jax.tree.unflatten(jax.tree.structure(params), [state.means.astype(centers.dtype)])
 
 
 class _State(NamedTuple):
@@ -79,14 +76,9 @@ class _State(NamedTuple):
     counts: Any  # (C,)
 
 
-def _state_sharding(*arrays: Any) -> _State | None:
-    centers, *others = jax.tree.leaves(arrays)
-    sharding = placement.sharding_of(centers, *others)
-    return (
-        None
-        if sharding is None
-        else _State(sharding, sharding, NamedSharding(sharding.mesh, P(sharding.spec[0])))
-    )
+def _state_sharding(*arrays: Any) -> _State:
+    sharding: Any = placement.sharding_of(*jax.tree.leaves(arrays))
+    return _State(sharding, sharding, NamedSharding(sharding.mesh, P(sharding.spec[0])))
 
 
 @placement.jit_on_auto_axes(_state_sharding)
@@ -107,12 +99,8 @@ def _find_unseen(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
 @placement.jit_on_auto_axes(_state_sharding, donate_argnums=0)
 def _add_batch(state: _State, batch: _batch.Batch) -> _State:
     """The running means with the samples of a batch added."""
-    x, labels, used, _ = batch
-    num_classes = state.means.shape[0]
-    classes = table.classes_where(used & (labels < num_classes), labels.astype(jnp.int32))
-    classes, x = placement.whole_batch(None, placement.mesh_of(state.means, x, labels), classes, x)
-    x = x.astype(table.compute_dtype(x, state.means))
-    return placement.call_for_platform(_add_samples, state, classes, x)
+    samples = _rules.rows_as_samples(state.means, batch, None, None)
+    return placement.call_for_platform(_add_samples, state, samples.classes, samples.values)
 
 
 def _add_samples(state: _State, labels: jax.Array, x: jax.Array, *, platform: str) -> _State:
@@ -138,8 +126,6 @@ def _add_samples(state: _State, labels: jax.Array, x: jax.Array, *, platform: st
     mean = (start + step).astype(means.dtype)
     added = mean.astype(x.dtype) - start
     new_remainder = (step - added) + (start - (mean.astype(x.dtype) - added))
-    return _State(
-        table.write(means, batch, mean),
-        table.write(remainder, batch, new_remainder),
-        table.add(counts, batch, new_counts),
-    )
+    means = table.write(means, batch, mean)
+    remainder = table.write(remainder, batch, new_remainder)
+    return _State(means, remainder, table.add(counts, batch, new_counts))

@@ -1,6 +1,6 @@
 """A separate optimizer for the centers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jax_centerloss._row_optimizer import check_transformation
 from jax_centerloss._rows import table
 
 Path = tuple[str | int, ...]
+_MARKS = (optax.EmptyState, optax.MaskedNode)  # Of centers and of other leaves.
 
 # Metadata by which the Variables of `nnx.CenterLoss` are told from those of other layers.
 OWNER = {"owner": "jax_centerloss.CenterLoss"}
@@ -101,23 +102,24 @@ def with_center_optimizer(
         center_tx = _divide_out(weight, center_tx)
     chains = {"centers": center_tx, "model": tx}
 
-    def split_by(labels: Any) -> optax.GradientTransformationExtraArgs:
+    def split_by(marks: Any) -> optax.GradientTransformationExtraArgs:
+        def label(mark: Any) -> str:
+            return "centers" if isinstance(mark, optax.EmptyState) else "model"
+
+        labels = jax.tree.map(label, marks, is_leaf=lambda node: isinstance(node, _MARKS))
         # The lambda is needed, since `labels` may be a callable module, and optax would call that.
         return optax.partition(chains, lambda _: labels)
 
     def init(params: Any) -> CenterOptimizerState:
-        if jax.tree.leaves(params) or _is_container(params):
-            marks = _marks(params, select)
-            labels = _labels(marks)
-        else:  # `optax.tree.map_params` passes a placeholder in place of the tree, which stands for both.
-            marks = labels = params
-        return CenterOptimizerState(marks, split_by(labels).init(params))
+        # `optax.tree.map_params` passes a placeholder in place of the tree, which stands for its marks too.
+        is_tree = jax.tree.leaves(params) or isinstance(params, Mapping | tuple | list | None)
+        marks = _marks(params, select) if is_tree else params
+        return CenterOptimizerState(marks, split_by(marks).init(params))
 
     def update(
         updates: Any, state: CenterOptimizerState, params: Any = None, **extra: Any
     ) -> tuple[Any, CenterOptimizerState]:
-        split = split_by(_labels(state.centers))
-        new_updates, inner = split.update(updates, state.inner, params, **extra)
+        new_updates, inner = split_by(state.centers).update(updates, state.inner, params, **extra)
         return new_updates, CenterOptimizerState(state.centers, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -162,55 +164,48 @@ def _divide_out(
 def _marks(params: Any, select: Callable[[Path, Any], bool] | None) -> Any:
     """The tree of marks in `CenterOptimizerState.centers`."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_variable)
-    paths = [_as_path(key_path) for key_path, _ in leaves]
+    leaf_of = {_as_path(key_path): leaf for key_path, leaf in leaves}
     if select is None:
-        chosen = _find_centers(paths, [leaf for _, leaf in leaves])
+        centers = _find_centers(leaf_of)
     else:
-        chosen = [bool(select(path, _content(leaf))) for path, (_, leaf) in zip(paths, leaves, strict=True)]
-        if not any(chosen):
-            raise ValueError(f"no parameter was picked by select: this model has {_list_paths(paths)}.")
-    marks = [optax.EmptyState() if centers else optax.MaskedNode() for centers in chosen]
+        centers = [path for path, leaf in leaf_of.items() if select(path, _content(leaf))]
+        if not centers:
+            raise ValueError(f"no parameter was picked by select: this model has {_list_paths(leaf_of)}.")
+    marks = [optax.EmptyState() if path in centers else optax.MaskedNode() for path in leaf_of]
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_variable), marks)
 
 
-def _find_centers(paths: list[Path], leaves: list[Any]) -> list[bool]:
-    """Which leaves are centers: Variables that a center loss owns, and other leaves by their key."""
-    owned = [_is_variable(leaf) and OWNER.items() <= leaf.get_metadata().items() for leaf in leaves]
-    keyed = ["centers" in path and not _is_variable(leaf) for path, leaf in zip(paths, leaves, strict=True)]
-    chosen = [a or b for a, b in zip(owned, keyed, strict=True)]
-    found = [path for path, centers in zip(paths, chosen, strict=True) if centers]
-    if len(found) > 1 and any(keyed):
+def _find_centers(leaf_of: dict[Path, Any]) -> list[Path]:
+    """The paths of centers: of Variables that a center loss owns, and of other leaves by their key."""
+    owned = [path for path, leaf in leaf_of.items() if is_owned(leaf)]
+    named = [path for path in leaf_of if "centers" in path]
+    keyed = [path for path in named if not _is_variable(leaf_of[path])]
+    found = owned + keyed
+    if len(found) > 1 and keyed:
         raise ValueError(
             f'several parameters are below a key "centers": {_list_paths(found)}. Other layers have '
             "parameters of that name too. Say by `select` which hold centers, for example "
             '`select=lambda path, leaf: path == ("center_loss", "centers")`.'
         )
     if not found:
-        others = [path for path in paths if "centers" in path]
         reason = (
-            f"no parameter is known to belong to an nnx.CenterLoss; {_list_paths(others)} may be another "
+            f"no parameter is known to belong to an nnx.CenterLoss; {_list_paths(named)} may be another "
             "layer's (if they are the centers, for example in a Variable of your own, name them by `select`)"
-            if others
+            if named
             else 'no parameter is below a key "centers"'
         )
         raise ValueError(
-            f"{reason}: this model has {_list_paths(paths)}. Put the center loss module (or the dict from "
+            f"{reason}: this model has {_list_paths(leaf_of)}. Put the center loss module (or the dict from "
             "init_centers) into the tree that is optimized, or name the centers with select. Centers "
             'that are state (centers_as="state") are not optimized: update_centers or a row_optimizer moves '
             "them."
         )
-    return chosen
+    return found
 
 
-def _labels(marks: Any) -> Any:
-    """The labels that `optax.partition` takes."""
-
-    def is_mark(node: Any) -> bool:
-        return isinstance(node, optax.EmptyState | optax.MaskedNode)
-
-    return jax.tree.map(
-        lambda mark: "centers" if isinstance(mark, optax.EmptyState) else "model", marks, is_leaf=is_mark
-    )
+def is_owned(variable: Any) -> bool:
+    """Whether a Variable was made by an `nnx.CenterLoss`."""
+    return isinstance(variable, nnx.Variable) and OWNER.items() <= variable.get_metadata().items()
 
 
 def _is_variable(node: Any) -> bool:
@@ -222,11 +217,7 @@ def _content(node: Any) -> Any:
     return jax.tree.leaves(node, is_leaf=lambda inner: inner is not node)[0] if _is_variable(node) else node
 
 
-def _is_container(tree: Any) -> bool:
-    return tree is None or isinstance(tree, Mapping | tuple | list)
-
-
-def _list_paths(paths: list[Path]) -> str:
+def _list_paths(paths: Iterable[Path]) -> str:
     return ", ".join("/".join(map(str, path)) or "a bare array" for path in paths) or "no parameters"
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_centerloss._checks import ReduceFn
+from jax_centerloss._checks import ReduceFn, Weights
 from jax_centerloss._rows import placement
 from jax_centerloss._rows.placement import AxisName
 
@@ -46,7 +46,7 @@ def count(used: jax.Array, axis_name: AxisName = None) -> jax.Array:
 def reduce(
     values: jax.Array,
     used: jax.Array,
-    weights: jax.Array | None,
+    weights: Weights,
     reduce_fn: ReduceFn,
     axis_name: AxisName,
     counted: jax.Array | None = None,
@@ -56,20 +56,15 @@ def reduce(
     `counted` are the samples in the denominator of the mean, by default the used ones. The loss leaves out
     labels `>= C`, whose loss is NaN.
     """
-    if reduce_fn is None:
-        return _weighted(values, used, weights)
-    if reduce_fn is jnp.sum:
-        return _psum(jnp.sum(_weighted(values, used, weights)), axis_name)
-    total, number = total_and_number(values, used, weights, axis_name, counted)
-    return total / number
+    if reduce_fn is jnp.mean:
+        total, number = total_and_number(values, used, weights, axis_name, counted)
+        return total / number
+    values = _weighted(values, used, weights)
+    return values if reduce_fn is None else _psum(jnp.sum(values), axis_name)
 
 
 def total_and_number(
-    values: jax.Array,
-    used: jax.Array,
-    weights: jax.Array | None,
-    axis_name: AxisName,
-    counted: jax.Array | None = None,
+    values: jax.Array, used: jax.Array, weights: Weights, axis_name: AxisName, counted: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Both parts of a mean: the weighted sum, and the number of samples or sum of weights (not 0 but 1)."""
     values = _weighted(values, used, weights)
@@ -96,7 +91,7 @@ def _sum_both_on(values: jax.Array, numbers: jax.Array, *, platform: str) -> tup
     return both[0], both[1]
 
 
-def _weighted(values: jax.Array, used: jax.Array, weights: jax.Array | None) -> jax.Array:
+def _weighted(values: jax.Array, used: jax.Array, weights: Weights) -> jax.Array:
     # Values are masked before they are weighted: 0 * NaN would reach the gradient of the weights.
     values = jnp.where(used, values, jnp.zeros((), values.dtype))
     return values if weights is None else values * weights.astype(values.dtype)

@@ -8,16 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import Partial
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _arrays, _batch, _checks, _rules
-from jax_centerloss._batch import Batch
-from jax_centerloss._rows import moves, placement, rounding, separability, table, transform
+from jax_centerloss import _arrays, _checks, _rules, _update
+from jax_centerloss._batch import Given
+from jax_centerloss._rows import moves, separability, transform
 from jax_centerloss._rows.placement import AxisName
 from jax_centerloss._rules import Rule
 
-_STATE_DTYPES = ("bfloat16", "float32", "float64")
+_STATE_DTYPES = tuple(map(jnp.dtype, ("bfloat16", "float32", "float64")))
 
 
 class RowOptimizer(NamedTuple):
@@ -101,13 +100,15 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
     """
     check_transformation("tx", tx)
     state_dtype = _as_state_dtype(state_dtype)
-    found = separability.find_separability(tx)
-    if found.problem is not None:
+    problem, in_blocks = separability.find_separability(tx)
+    if problem is not None:
         raise ValueError(
-            f"this transformation can't work row by row: {found.problem}. Remove the part that does so, or "
+            f"this transformation can't work row by row: {problem}. Remove the part that does so, or "
             "give the centers a dense optimizer by `with_center_optimizer`."
         )
     init_state = partial(transform.init_state, tx, state_dtype=state_dtype)
+    compute_steps = partial(transform.compute_steps, tx, state_dtype)
+    step = partial(moves.move_rows, compute_steps=compute_steps, in_blocks=in_blocks)
 
     def init(params: Any) -> Any:
         advice = (
@@ -130,10 +131,9 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         after: Any = None,
         rounding_key: jax.Array | None = None,
     ) -> tuple[Any, Any]:
-        centers = _checks.as_table(params)
-        batch = _batch.as_batch(x, labels, where, weights, centers)
+        given = x, labels, where, weights
         # As its gradient, `tx` gets the negative of the step.
-        return move(params, centers, state, batch, _rules.as_rule(rule, -1.0), axis_name, after, rounding_key)
+        return move(params, state, given, _rules.as_rule(rule, -1.0), axis_name, after, rounding_key)
 
     def apply_gradients(
         params: Any,
@@ -146,86 +146,35 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         after: Any = None,
         rounding_key: jax.Array | None = None,
     ) -> tuple[Any, Any]:
-        centers = _checks.as_table(params)
-        batch = _batch.as_batch(gradients, rows, where, None, centers, _batch.GRADIENTS)
-        return move(params, centers, state, batch, None, axis_name, after, rounding_key)
+        return move(params, state, (gradients, rows, where, None), None, axis_name, after, rounding_key)
 
     def move(
-        params: Any,
-        centers: jax.Array,
-        state: Any,
-        batch: Batch,
-        rule: Rule | None,
-        axis_name: AxisName,
-        after: Any,
-        rounding_key: Any,
+        params: Any, state: Any, given: Given, rule: Rule | None, axis_name: AxisName, after: Any, key: Any
     ) -> tuple[Any, Any]:
+        centers = _checks.as_table(params)
         _check_state(state, jax.eval_shape(init_state, centers), centers)
         state = _arrays.as_arrays("state", state, "Pass on what `update` returns.")
-        if rounding_key is None and state_dtype == jnp.bfloat16:
+        if key is None and state_dtype == jnp.bfloat16:
             raise ValueError(
                 "a state in bfloat16 needs a rounding_key: without it, small changes of the state are lost. "
-                "Pass a new key in each step, for example `jax.random.fold_in(jax.random.key(0), step)`."
+                + _checks.KEY_ADVICE
             )
-        seed = rounding.seed_of(_checks.as_key("rounding_key", rounding_key), centers, state)
-        held = move_jitted(centers, state, batch, rule, _checks.as_after(after), seed, axis_name=axis_name)
-        return jax.tree.unflatten(jax.tree.structure(params), [held[0]]), held[1]
-
-    def shardings(centers: jax.Array, state: Any, *others: Any) -> Any:
-        return jax.tree.map(lambda leaf: placement.sharding_of(leaf, centers, *others), (centers, state))
-
-    @placement.jit_on_auto_axes(shardings, static_argnames="axis_name")
-    def move_jitted(
-        centers: jax.Array,
-        state: Any,
-        batch: Batch,
-        rule: Rule | None,
-        after: Any,
-        seed: jax.Array | None,
-        *,
-        axis_name: AxisName,
-    ) -> tuple[jax.Array, Any]:
-        if rule is None:
-            samples = _gradients_as_samples(centers, batch, after, axis_name)
-            scale: moves.ScaleFn = Partial(jnp.ones_like)
-        else:
-            samples, scale = _rules.samples_and_scale(centers, batch, rule, after, axis_name)
-        # On a mesh, the devices would communicate once for each block.
-        mesh = placement.mesh_of(centers, samples.classes)
-        row_update = moves.RowUpdate(
-            partial(transform.update_rows, tx, state_dtype),
-            partial(transform.with_tables_of, tx),
-            in_blocks=found.in_blocks and (mesh is None or mesh.size == 1),
-        )
-        step = partial(moves.move_rows, row_update=row_update)
-        return placement.call_for_platform(step, centers, state, samples, scale, seed)
+        moved, state = _update.move(centers, state, given, rule, axis_name, after, key, step=step)
+        return jax.tree.unflatten(jax.tree.structure(params), [moved]), state
 
     return RowOptimizer(init, update, apply_gradients)
-
-
-def _gradients_as_samples(centers: jax.Array, batch: Batch, after: Any, axis_name: AxisName) -> moves.Samples:
-    gradients, rows, used, _ = batch
-    gradients = gradients.astype(table.compute_dtype(gradients, centers))
-    classes = table.classes_where(used & (rows < centers.shape[0]), rows.astype(jnp.int32))
-    mesh = placement.mesh_of(centers, gradients, rows)
-    classes, gradients = placement.whole_batch(axis_name, mesh, classes, gradients)
-    counted = jnp.ones_like(gradients, shape=classes.shape)
-    return moves.Samples(classes, gradients, counted, None, table.true_after(after, axis_name))
 
 
 def _as_state_dtype(value: Any) -> Any:
     if value is None:
         return None
-    try:
-        dtype = jnp.dtype(value)
-    except TypeError:
-        dtype = None
-    if dtype is None or dtype.name not in _STATE_DTYPES:
-        raise ValueError(
-            f"state_dtype must be None or one of {', '.join(_STATE_DTYPES)}, got {value!r}. float16 is not "
-            "allowed: the squared gradients that Adam keeps often underflow in it."
-        )
-    return dtype
+    for dtype in _STATE_DTYPES:
+        if dtype == value:
+            return dtype
+    raise ValueError(
+        f"state_dtype must be None or one of {', '.join(map(str, _STATE_DTYPES))}, got {value!r}. float16 is "
+        "not allowed: the squared gradients that Adam keeps often underflow in it."
+    )
 
 
 def _check_state(state: Any, expected: Any, centers: jax.Array) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from jax_centerloss import _checks, _loss, _reduce
 from jax_centerloss._batch import Batch
 from jax_centerloss._checks import Clip, ReduceFn
 from jax_centerloss._rows import placement, table
-from jax_centerloss._rows.moves import Samples
+from jax_centerloss._rows.moves import Samples, ScaleFn
 from jax_centerloss._rows.placement import AxisName
 
 
@@ -34,41 +35,43 @@ def as_rule(name: str, alpha: Any, clip: Clip = _checks.CLIP, reduce_fn: ReduceF
     return Rule(name, rate, _checks.as_clip(clip), reduce_fn is jnp.sum)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["rate", "denominator"], meta_fields=["name"])
-@dataclass(frozen=True)
-class Scale:
-    """The factor of `sum(x - c_j)` over the samples of class j, as a function of their number n_j.
+def _scale(rule: Rule, denominator: jax.Array, counts: jax.Array) -> jax.Array:
+    """The factor of `sum(x - c_j)` over the samples of class j, of their number n_j in `counts`.
 
-    With weights, n_j and N are sums of weights. If n_j is NaN, so is the factor.
+    The denominator is N, the number of all used samples, or 1 for the gradient of a sum. With weights, n_j
+    and N are sums of weights. If n_j is NaN, so is the factor. That of the rule "gradient" does not depend
+    on n_j in another way.
     """
+    rate = rule.rate.astype(counts.dtype)
+    if rule.name == "paper":  # Eq. 4: c_j - alpha * sum(c_j - x) / (1 + n_j).
+        return rate / (1 + counts)
+    if rule.name == "mean":  # c_j - alpha * sum(c_j - x) / n_j.
+        return rate / jnp.where(counts == 0, jnp.ones_like(counts), counts)
+    # c_j - alpha * 2 * sum(c_j - x) / N.
+    return jnp.where(jnp.isnan(counts), counts, rate * (2 / denominator))
 
-    name: str
-    rate: jax.Array  # alpha
-    denominator: jax.Array  # N, the number of all used samples, or 1 for the gradient of a sum.
 
-    def __call__(self, counts: jax.Array) -> jax.Array:
-        rate = self.rate.astype(counts.dtype)
-        if self.name == "paper":  # Eq. 4: c_j - alpha * sum(c_j - x) / (1 + n_j).
-            return rate / (1 + counts)
-        if self.name == "mean":  # c_j - alpha * sum(c_j - x) / n_j.
-            return rate / jnp.where(counts == 0, jnp.ones_like(counts), counts)
-        # c_j - alpha * 2 * sum(c_j - x) / N.
-        return jnp.where(jnp.isnan(counts), counts, rate * (2 / self.denominator))
-
-    @property
-    def by_count(self) -> bool:
-        """Whether the factor depends on n_j, and not only on whether that is NaN."""
-        return self.name != "gradient"
+def rows_as_samples(centers: jax.Array, batch: Batch, after: Any, axis_name: AxisName) -> Samples:
+    """The samples of a batch, whose values are the rows `(..., D)` of the batch as they are."""
+    x, labels, used, _ = batch
+    x = x.astype(table.compute_dtype(x, centers))
+    classes = table.classes_where(used & (labels < centers.shape[0]), labels.astype(jnp.int32))
+    classes, x = placement.whole_batch(axis_name, placement.mesh_of(centers, x, labels), classes, x)
+    counted = jnp.ones_like(x, shape=classes.shape)
+    return Samples(classes, x, counted, None, table.true_after(after, axis_name))
 
 
 def samples_and_scale(
-    centers: jax.Array, batch: Batch, rule: Rule, after: Any, axis_name: AxisName
-) -> tuple[Samples, Scale]:
+    centers: jax.Array, batch: Batch, rule: Rule | None, after: Any, axis_name: AxisName
+) -> tuple[Samples, ScaleFn]:
     """The samples of a batch, whose values are their weighted differences from the centers, and the scale.
 
-    A distance or weight that is NaN or infinite makes the center NaN, even if the clamp of the loss would cap
-    an infinite distance.
+    Without a rule the values are what stands in place of the features: gradients, of scale 1. A distance or
+    weight that is NaN or infinite makes the center NaN, even if the clamp of the loss would cap an infinite
+    distance.
     """
+    if rule is None:
+        return rows_as_samples(centers, batch, after, axis_name), Partial(jnp.ones_like)
     x, labels, used, weights = batch
     rows, in_range = table.gather_label_rows(centers, labels, x)
     x = x.astype(rows.dtype)
@@ -90,15 +93,13 @@ def samples_and_scale(
         difference = jnp.where(used[..., None], difference, jnp.zeros((), rows.dtype)) * counted[..., None]
     classes = table.classes_where(used, labels.astype(jnp.int32))
     mesh = placement.mesh_of(centers, x, labels)
-    classes, difference, distance, counted = placement.whole_batch(
-        axis_name, mesh, classes, difference, distance, counted
-    )
+    arrays = classes, difference, distance, counted
+    classes, difference, distance, counted = placement.whole_batch(axis_name, mesh, *arrays)
     finite = jnp.isfinite(distance) & jnp.isfinite(counted)
     counted = jnp.where(finite, counted, np.full((), np.nan, rows.dtype))
     kept = None
     if rule.name == "gradient" and rule.clip is not None:
         # Beyond the clamp, the gradient of the loss is zero.
         kept = (distance >= rule.clip[0]) & (distance <= rule.clip[1])
-    ready = table.true_after(after, axis_name)
-    samples = Samples(classes, difference, counted, kept, ready)
-    return samples, Scale(rule.name, rule.rate, denominator)
+    samples = Samples(classes, difference, counted, kept, table.true_after(after, axis_name))
+    return samples, Partial(_scale, rule, denominator)

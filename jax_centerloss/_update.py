@@ -1,5 +1,6 @@
 """Moves centers by a rule, independent of the model's gradient and of the weight of the loss."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,9 +9,10 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jax_centerloss import _batch, _checks, _rules
-from jax_centerloss._batch import Batch
+from jax_centerloss._batch import Batch, Given
 from jax_centerloss._rows import moves, placement, rounding
 from jax_centerloss._rows.placement import AxisName
+from jax_centerloss._rows.rounding import Seed
 from jax_centerloss._rules import Rule
 
 
@@ -88,35 +90,51 @@ def update_centers(
       Wen et al, A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016
       (https://doi.org/10.1007/978-3-319-46478-7_31).
     """
-    batch = x, labels, where, weights
-    return move(params, batch, _rules.as_rule(rule, alpha), axis_name, after, rounding_key)
+    given = x, labels, where, weights
+    moved, _ = move(params, (), given, _rules.as_rule(rule, alpha), axis_name, after, rounding_key)
+    return moved
 
 
 def move(
     params: Any,
-    given: tuple[ArrayLike, ArrayLike, ArrayLike | None, ArrayLike | None],
-    rule: Rule,
+    state: Any,
+    given: Given,
+    rule: Rule | None,
     axis_name: AxisName,
     after: Any,
     rounding_key: Any,
     *,
+    step: Callable[..., tuple[jax.Array, Any]] | None = None,
     stop_gradient: bool = False,
-) -> Any:
-    """`update_centers` by a checked rule, with a batch `(x, labels, where, weights)` as it was given."""
+) -> tuple[Any, Any]:
+    """Moves centers by a rule, or without a rule by the gradients in place of features.
+
+    With a `step`, a `moves.move_rows` with its options, the rows take a step of an optimizer with this state.
+    """
     centers = _checks.as_table(params)
-    batch = _batch.as_batch(*given, centers)
+    batch = _batch.as_batch(*given, centers, _batch.FEATURES if rule else _batch.GRADIENTS)
     after = _checks.as_after(after)
     if stop_gradient:
         centers, batch, rule, after = lax.stop_gradient((centers, batch, rule, after))
-    seed = rounding.seed_of(_checks.as_key("rounding_key", rounding_key), centers)
-    moved = _move_jitted(centers, batch, rule, after, seed, axis_name=axis_name)
-    return jax.tree.unflatten(jax.tree.structure(params), [moved])
+    seed = rounding.seed_of(_checks.as_rounding_key(rounding_key), centers, state)
+    held = _move_jitted((centers, state), batch, rule, after, seed, step=step, axis_name=axis_name)
+    return jax.tree.unflatten(jax.tree.structure(params), [held[0]]), held[1]
 
 
-@placement.jit_on_auto_axes(placement.sharding_of, static_argnames="axis_name")
+def _shardings(held: Any, *others: Any) -> Any:
+    return jax.tree.map(lambda leaf: placement.sharding_of(leaf, held, *others), held)
+
+
+@placement.jit_on_auto_axes(_shardings, static_argnames=("step", "axis_name"))
 def _move_jitted(
-    centers: jax.Array, batch: Batch, rule: Rule, after: Any, seed: jax.Array | None, *, axis_name: AxisName
-) -> jax.Array:
+    held: Any, batch: Batch, rule: Rule | None, after: Any, seed: Seed, *, step: Any, axis_name: AxisName
+) -> Any:
+    centers, state = held
     samples, scale = _rules.samples_and_scale(centers, batch, rule, after, axis_name)
-    add = partial(moves.add_sums, by_count=scale.by_count)
-    return placement.call_for_platform(add, centers, samples, scale, seed)
+    if step is None:
+        add = partial(moves.add_sums, by_count=rule is None or rule.name != "gradient")
+        return placement.call_for_platform(add, centers, samples, scale, seed), state
+    mesh = placement.mesh_of(centers, samples.classes)
+    if mesh is not None and mesh.size > 1:  # The devices would communicate once for each block.
+        step = partial(step, in_blocks=False)
+    return placement.call_for_platform(step, centers, state, samples, scale, seed)

@@ -91,14 +91,8 @@ class CenterLoss(nn.Module):
         """The loss: see `jax_centerloss.center_loss`. Centers that are mutable state are moved."""
 
         def draw(key: jax.Array) -> jax.Array:
-            drawn = _init.init_centers(
-                key,
-                self.num_classes,
-                self.feat_dim,
-                initializer=self.centers_init,
-                dtype=self.param_dtype,
-                out_sharding=self.out_sharding,
-            )
+            init = partial(_init.init_centers, initializer=self.centers_init, dtype=self.param_dtype)
+            drawn = init(key, self.num_classes, self.feat_dim, out_sharding=self.out_sharding)
             return drawn["centers"]
 
         if self.centers_as == "param":
@@ -114,7 +108,6 @@ class CenterLoss(nn.Module):
         if self.centers_as == "state" and may_move:
             rule = _rules.as_rule(self.rule, self.alpha, self.clip, self.reduce_fn)
             key = self.make_rng("rounding") if self.has_rng("rounding") else None
-            state.value = _update.move(
-                centers, (x, labels, where, weights), rule, axis_name, loss, key, stop_gradient=True
-            )
+            given = x, labels, where, weights
+            state.value, _ = _update.move(centers, (), given, rule, axis_name, loss, key, stop_gradient=True)
         return loss

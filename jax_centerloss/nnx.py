@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_centerloss import _arrays, _checks, _init, _loss, _rules, _update
 from jax_centerloss._checks import Clip, ReduceFn
 from jax_centerloss._init import OutSharding
-from jax_centerloss._optim import OWNER
+from jax_centerloss._optim import OWNER, is_owned
 from jax_centerloss._rows.placement import AxisName
 
 # Flax 0.12 names the metadata `out_sharding`, not `sharding`, and places a new Variable by it.
@@ -28,8 +28,6 @@ class Centers(nnx.Variable[jax.Array]):
 
 def _sharding_metadata(out_sharding: Any) -> dict[str, Any]:
     """The metadata by which Flax places a variable, and the optimizer's state that is made from it."""
-    if out_sharding is None:
-        return {}
     name = "out_sharding" if _EAGER_SHARDING else "sharding"
     if isinstance(out_sharding, Format):
         # With eager sharding Flax would reshard the centers, and lose their memory layout.
@@ -46,11 +44,6 @@ def _on_mesh(out_sharding: Any) -> Any:
         return out_sharding
     names: Any = out_sharding
     return PartitionSpec(*spmd.from_sharding_rules(names, spmd.get_logical_axis_rules()))
-
-
-def _is_of_center_loss(value: Any, kind: Any) -> bool:
-    """Whether `value` is a Variable of the type `kind` that a CenterLoss has made."""
-    return type(value) is kind and OWNER.items() <= value.get_metadata().items()
 
 
 class CenterLoss(nnx.Module):
@@ -135,13 +128,11 @@ class CenterLoss(nnx.Module):
         their centers.
         """
         variable = vars(self).get("centers") if name == "centers" else None
-        if isinstance(variable, nnx.Variable) and not _is_of_center_loss(value, type(variable)):
-            self._write_centers(value)
-        else:
+        is_shared = type(value) is type(variable) and is_owned(value)
+        if is_shared or not isinstance(variable, nnx.Variable):
             super().__setattr__(name, value)
-
-    def _write_centers(self, value: Any) -> None:
-        """Casts a table to the dtype and sharding of the present centers, and writes it."""
+            return
+        # The table gets the dtype and the sharding of the present centers.
         new = _checks.as_table(value, "centers")
         old = self.centers[...]
         _checks.check_declared_shape(new, *old.shape)
@@ -190,9 +181,8 @@ class CenterLoss(nnx.Module):
         leaves them alone. `"gradient"` is the gradient of the loss of this module, with its `clip` (of the
         sum for `reduce_fn=jnp.sum`, otherwise of the mean).
         """
-        batch = x, labels, where, weights
+        given = x, labels, where, weights
         own_rule = _rules.as_rule(rule, alpha, self.clip, self.reduce_fn)
-        moved = _update.move(
-            self._table(), batch, own_rule, self.axis_name, after, rounding_key, stop_gradient=True
-        )
+        options = self.axis_name, after, rounding_key
+        moved, _ = _update.move(self._table(), (), given, own_rule, *options, stop_gradient=True)
         nnx.update(self, {"centers": moved})

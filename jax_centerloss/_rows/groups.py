@@ -67,13 +67,9 @@ def count_class_of_sample(
 
     If C <= `many_classes` * N, it is summed in an array with an entry for every class, else by hashing.
     """
-    if known_at_most(num_classes, many_classes * labels.size):
-        slots = labels
-        num_slots = num_classes
-    else:
-        slots = _slot_of_sample(labels, "cpu")
-        num_slots = labels.size
-    counts = _sum_by_scattering(num_slots, slots, counted)
+    by_class = known_at_most(num_classes, many_classes * labels.size)
+    slots = labels if by_class else _slot_of_sample(labels, "cpu")
+    counts = _sum_by_scattering(num_classes if by_class else labels.size, slots, counted)
     return counts.at[slots].get(mode="fill", fill_value=0)
 
 
@@ -83,12 +79,7 @@ def known_at_most(size: Any, limit: Any) -> bool:
 
 
 def _sum_by_scattering(
-    num_slots: int,
-    slots: jax.Array,
-    values: jax.Array,
-    *,
-    kept: jax.Array | None = None,
-    block: tuple[Any, int] | None = None,
+    num_slots: int, slots: jax.Array, values: jax.Array, *, kept: jax.Array | None = None, block: Any = None
 ) -> jax.Array:
     first, size = (0, num_slots) if block is None else block
     slots = slots if kept is None else jnp.where(kept, slots, NO_SLOT)

@@ -10,11 +10,16 @@ from jax.typing import ArrayLike
 
 from jax_centerloss._rows import groups, table
 from jax_centerloss._rows.groups import NO_CLASS, Groups
+from jax_centerloss._rows.rounding import Seed
 
 _BLOCK_ENTRIES = 2**17  # The sums of a block of slots have so many entries, which fit the cache of a CPU.
 _MANY_CLASSES = 16  # With more classes for each sample, samples are counted by hashing.
 
 ScaleFn = Callable[[jax.Array], jax.Array]  # From the counts of classes to the factors of their sums.
+Moved = tuple[jax.Array, Any]  # A table of rows, and the state of an optimizer of them.
+# `compute_steps(table, state, batch, sums, seed) -> (steps, state)`, with the scaled `(S, D)` sums of the
+# slots of `batch`, a `Groups`.
+StepsFn = Callable[..., Moved]
 
 
 class Samples(NamedTuple):
@@ -27,31 +32,8 @@ class Samples(NamedTuple):
     ready: jax.Array  # Always True, computed from what has to be read before rows are written.
 
 
-class RowUpdate(NamedTuple):
-    """How rows move, given the scaled sum of each class."""
-
-    # `update(table, state, batch, sums, seed) -> (table, state)`, with the `(S, D)` sums of the slots of
-    # `batch`, a `Groups`.
-    update: Callable[..., tuple[jax.Array, Any]]
-    # `with_tables_of(state, other)`: `state` with its tables taken from `other`.
-    with_tables_of: Callable[[Any, Any], Any] = lambda state, other: other
-    in_blocks: bool = True  # Whether rows can be updated block by block, since no row depends on another.
-
-
-def _add(
-    rows: jax.Array, state: Any, batch: Groups, sums: jax.Array, seed: jax.Array | None
-) -> tuple[jax.Array, Any]:
-    return table.add(rows, batch, sums, seed), state
-
-
 def add_sums(
-    rows: jax.Array,
-    samples: Samples,
-    scale: ScaleFn,
-    seed: jax.Array | None,
-    *,
-    by_count: bool,
-    platform: str,
+    rows: jax.Array, samples: Samples, scale: ScaleFn, seed: Seed, *, by_count: bool, platform: str
 ) -> jax.Array:
     """The table `rows (C, D)` with the scaled sum of each class added to its row.
 
@@ -64,7 +46,7 @@ def add_sums(
     few_classes = not groups.known_at_most(samples.classes.shape[0] + 1, rows.shape[0])
     slow = platform == "gpu" or (platform == "tpu" and by_count)
     if few_classes or slow or rows.dtype != samples.values.dtype:
-        return move_rows(rows, (), samples, scale, seed, row_update=RowUpdate(_add), platform=platform)[0]
+        return move_rows(rows, (), samples, scale, seed, platform=platform)[0]
     classes, values, counts = samples.classes, samples.values, samples.counted
     if by_count:
         # Counting in an array with an entry for every class pays while that is small, beside the values too.
@@ -84,12 +66,17 @@ def move_rows(
     state: Any,
     samples: Samples,
     scale: ScaleFn,
-    seed: jax.Array | None,
+    seed: Seed,
     *,
-    row_update: RowUpdate,
+    compute_steps: StepsFn = lambda rows, state, batch, sums, seed: (sums, state),
+    in_blocks: bool = True,
     platform: str,
-) -> tuple[jax.Array, Any]:
-    """The table `rows (C, D)` and its state after `row_update` of the rows of the batch's classes."""
+) -> Moved:
+    """The table `rows (C, D)` and its state after a step of the rows of the batch's classes.
+
+    By default the step of a row is the scaled sum of its class. `in_blocks` says whether rows can be updated
+    block by block, since no row depends on another.
+    """
     batch = groups.group(samples.classes, rows.shape[0], platform)
     if platform == "gpu":
         sums, counts = _sum_on_gpu(samples, batch)
@@ -98,42 +85,39 @@ def move_rows(
     factor = scale(counts)
     batch = batch._replace(classes=table.classes_where((counts != 0) & samples.ready, batch.classes))
 
-    def update(rows: jax.Array, state: Any, block: Groups, sums: jax.Array, factor: jax.Array) -> Any:
-        return row_update.update(rows, state, block, factor[:, None] * sums, seed)
+    def update(rows: jax.Array, state: Any, block: Groups, sums: jax.Array, factor: jax.Array) -> Moved:
+        steps, state = compute_steps(rows, state, block, factor[:, None] * sums, seed)
+        return table.add(rows, block, steps, seed), state
 
     size = max(1, _BLOCK_ENTRIES // rows.shape[1])
     num_slots = batch.classes.shape[0]
-    many_slots = row_update.in_blocks and groups.known_at_most(size + 1, num_slots)
+    many_slots = in_blocks and groups.known_at_most(size + 1, num_slots)
     if platform != "cpu" or batch.whole_table or not many_slots:
         if platform != "gpu":
             sums = batch.sum(samples.values, kept=samples.kept)
-        moved: tuple[jax.Array, Any] = update(rows, state, batch, sums, factor)
-        return moved
+        return update(rows, state, batch, sums, factor)
 
-    # Blocks of slots are updated one after the other, so that their sums stay in the cache of a CPU. Each
-    # gets the old scalars of the state, such as Adam's count of steps. The new state has those of the first
-    # block.
+    # Blocks of slots are updated one after the other, so that their sums stay in the cache of a CPU.
     num_blocks = -(-num_slots // size)
     padding = num_blocks * size - num_slots
     classes = jnp.pad(batch.classes, (0, padding), constant_values=NO_CLASS)
     factor = jnp.pad(factor, (0, padding))
 
-    def update_block(i: ArrayLike, rows: jax.Array, state: Any) -> Any:
+    def update_block(i: ArrayLike, carry: Moved) -> Moved:
+        rows, new_state = carry
+        # Each block gets the old scalars of the state, such as Adam's count of steps. The leaves with a row
+        # for each class are tables.
+        num_rows = rows.shape[:1]
+        mixed = jax.tree.map(lambda a, b: b if jnp.shape(b)[:1] == num_rows else a, state, new_state)
         first = jnp.asarray(i, jnp.int32) * size
         block = batch._replace(classes=lax.dynamic_slice_in_dim(classes, first, size))
         sums = batch.sum(samples.values, kept=samples.kept, block=(first, size))
-        return update(rows, state, block, sums, lax.dynamic_slice_in_dim(factor, first, size))
-
-    def update_next(i: ArrayLike, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        rows, new_state = update_block(i, *carry)
-        return rows, row_update.with_tables_of(carry[1], new_state)
+        return update(rows, mixed, block, sums, lax.dynamic_slice_in_dim(factor, first, size))
 
     # The first block is updated before the loop: `shard_map` requires that a carry varies over the same mesh
     # axes before an iteration and after it.
-    rows, first_state = update_block(0, rows, state)
-    carry = rows, row_update.with_tables_of(state, first_state)
-    rows, last_state = lax.fori_loop(1, num_blocks, update_next, carry)
-    return rows, row_update.with_tables_of(first_state, last_state)
+    moved: Moved = lax.fori_loop(1, num_blocks, update_block, update_block(0, (rows, state)))
+    return moved
 
 
 def _sum_on_gpu(samples: Samples, batch: Groups) -> tuple[jax.Array, jax.Array]:

@@ -172,8 +172,6 @@ def _all_gather(array: jax.Array, axis_name: AxisName) -> jax.Array:
     is the same on each device. It knows that of the result of a `psum`. Of that of `lax.all_gather` it does
     only with `to=`, which JAX 0.7 does not have.
     """
-    dtype = jnp.int32 if array.dtype == jnp.bool_ else array.dtype
-    parts = jnp.zeros((lax.psum(1, axis_name), *array.shape), dtype)
-    parts = parts.at[lax.axis_index(axis_name)].set(array.astype(dtype))
-    gathered: jax.Array = lax.psum(parts, axis_name)
-    return gathered.astype(array.dtype)
+    parts = jnp.zeros((lax.psum(1, axis_name), *array.shape), array.dtype)
+    gathered: jax.Array = lax.psum(parts.at[lax.axis_index(axis_name)].set(array), axis_name)
+    return gathered

@@ -12,8 +12,10 @@ from jax.typing import DTypeLike
 
 from jax_centerloss._rows import placement
 
+Seed = jax.Array | None  # Two random words, or None for rounding to nearest.
 
-def seed_of(rounding_key: jax.Array | None, *tables: Any) -> jax.Array | None:
+
+def seed_of(rounding_key: jax.Array | None, *tables: Any) -> Seed:
     """Two random words, the seed of the rounding. None if there is no key, or no table in half precision."""
     if rounding_key is None or not any(is_below_float32(leaf.dtype) for leaf in jax.tree.leaves(tables)):
         return None
@@ -21,7 +23,7 @@ def seed_of(rounding_key: jax.Array | None, *tables: Any) -> jax.Array | None:
 
 
 def round_rows(
-    rows: jax.Array, classes: jax.Array, dtype: DTypeLike, seed: jax.Array | None, table_index: int = 0
+    rows: jax.Array, classes: jax.Array, dtype: DTypeLike, seed: Seed, table_index: int = 0
 ) -> jax.Array:
     """Casts `rows (S, ...)` of `classes (S,)` to `dtype`: stochastically if there is a seed, else to nearest.
 

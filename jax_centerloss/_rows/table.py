@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.typing import ArrayLike
 
 from jax_centerloss._rows import groups, placement, rounding
 from jax_centerloss._rows.groups import NO_CLASS, Groups
 from jax_centerloss._rows.placement import AxisName
+from jax_centerloss._rows.rounding import Seed
 
 
 def compute_dtype(*arrays: jax.Array) -> Any:
@@ -59,7 +59,7 @@ def _gather_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 def _gather_tangent(
     tangent: jax.Array, index: jax.Array, rows: jax.Array, *, mesh: Any, platform: str
-) -> jax.Array:
+) -> Any:
     """`tangent[index]`, with the sharding of `rows`. Its transpose is the backward pass, in three parts.
 
     The backward pass (1) replicates the gradients of samples, (2) on a GPU sums them by class, and (3) adds
@@ -69,16 +69,12 @@ def _gather_tangent(
     flat = index.reshape(-1)
     if platform == "gpu":
         by_class = groups.group(flat.astype(jnp.int32), tangent.shape[0], platform)
-        class_rows = tangent.at[_unique_indices(tangent, by_class.classes)].get(
-            mode="fill",
-            fill_value=0,
-            unique_indices=True,
-            out_sharding=placement.sharding_of(flat[..., None], tangent),
-        )
+        classes = _unique_indices(tangent, by_class.classes)
+        out = placement.sharding_of(flat[..., None], tangent)
+        class_rows = tangent.at[classes].get(mode="fill", fill_value=0, unique_indices=True, out_sharding=out)
     else:
-        class_rows = tangent.at[index].get(
-            mode="promise_in_bounds", out_sharding=placement.sharding_of(index[..., None], tangent)
-        )
+        out = placement.sharding_of(index[..., None], tangent)
+        class_rows = tangent.at[index].get(mode="promise_in_bounds", out_sharding=out)
 
     def sum_gradients(gradients: jax.Array) -> jax.Array:
         gradients = placement.replicate(gradients, mesh)
@@ -86,8 +82,7 @@ def _gather_tangent(
             return gradients
         return by_class.sum(gradients.reshape(-1, gradients.shape[-1]))
 
-    transpose: Any = jax.linear_transpose(sum_gradients, rows)
-    gathered: jax.Array = transpose(class_rows)[0]
+    (gathered,) = jax.linear_transpose(sum_gradients, rows)(class_rows)
     return gathered
 
 
@@ -95,33 +90,22 @@ def evenly_spaced_rows(table: jax.Array, most: int) -> tuple[jax.Array, jax.Arra
     """At most `most` classes, evenly spaced over the table, and their rows."""
     last = table.shape[0] - 1
     classes = jnp.asarray(np.linspace(0, last, min(last + 1, most)).round(), jnp.int32)
-    return classes, gather_class_rows(table, classes)
+    return classes, table.at[classes].get(mode="promise_in_bounds")
 
 
-def gather_class_rows(table: ArrayLike, classes: jax.Array) -> jax.Array:
-    """The rows of `classes`, and zeros for a class `>= C`. No class may be negative.
+def read(table: jax.Array, batch: Groups) -> jax.Array:
+    """The row of each slot, and zeros for a slot of a class `>= C`.
 
     Indices are clipped, since `checkify.index_checks` reports an index out of bounds even with `mode="fill"`.
     In sums by class and writes of rows, which drop such indices on purpose, it still reports them.
     """
-    table = jnp.asarray(table)
-    rows = table.at[jnp.clip(classes, 0, table.shape[0] - 1)].get(mode="promise_in_bounds")
-    return _zeros_unless(classes < table.shape[0], rows)
-
-
-def read(table: ArrayLike, batch: Groups) -> jax.Array:
-    """The row of each slot, and zeros for a slot of a class `>= C`."""
+    rows = table
     if not batch.whole_table:
-        return gather_class_rows(table, batch.classes)
-    table = jnp.asarray(table)
-    return _zeros_unless(batch.classes < table.shape[0], table)
+        rows = table.at[jnp.clip(batch.classes, 0, table.shape[0] - 1)].get(mode="promise_in_bounds")
+    return jnp.where(_per_row(batch.classes < table.shape[0], rows), rows, jnp.zeros((), rows.dtype))
 
 
-def _zeros_unless(mask: jax.Array, rows: jax.Array) -> jax.Array:
-    return jnp.where(_per_row(mask, rows), rows, jnp.zeros((), rows.dtype))
-
-
-def add(table: jax.Array, batch: Groups, steps: jax.Array, seed: jax.Array | None = None) -> jax.Array:
+def add(table: jax.Array, batch: Groups, steps: jax.Array, seed: Seed = None) -> jax.Array:
     """`table` with the step of each slot added to its row. Slots of a class `>= C` are left out.
 
     With a seed, a table in half precision gets its rows rounded stochastically.
@@ -134,14 +118,13 @@ def add(table: jax.Array, batch: Groups, steps: jax.Array, seed: jax.Array | Non
 
 
 def write(
-    table: ArrayLike, batch: Groups, rows: jax.Array, seed: jax.Array | None = None, table_index: int = 0
+    table: jax.Array, batch: Groups, rows: jax.Array, seed: Seed = None, table_index: int = 0
 ) -> jax.Array:
     """`table` with the row of each slot. Slots of a class `>= C` are left out.
 
     With a seed, a table in half precision gets its rows rounded stochastically. Pass another `table_index`
     for each table that is written with the same seed.
     """
-    table = jnp.asarray(table)
     rows = rounding.round_rows(rows, batch.classes, table.dtype, seed, table_index)
     if batch.whole_table:
         return jnp.where(_per_row(batch.classes < table.shape[0], rows), rows, table)

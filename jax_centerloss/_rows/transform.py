@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from jax_centerloss._rows import table
 from jax_centerloss._rows.groups import Groups
+from jax_centerloss._rows.rounding import Seed
 
 
 def init_state(
@@ -63,14 +64,17 @@ def _place_leaf(leaf: Any, rows: jax.Array) -> Any:
 
 def compute_steps(
     tx: optax.GradientTransformation,
+    state_dtype: DTypeLike | None,
     rows: jax.Array,
     state: Any,
     batch: Groups,
     gradient: jax.Array,
-    seed: jax.Array | None = None,
-    state_dtype: DTypeLike | None = None,
+    seed: Seed,
 ) -> tuple[jax.Array, Any]:
     """The steps `(S, D)` of `tx` for the slots of `batch`, and the whole state, updated at their rows."""
+    # On a GPU the sums of slots without a class have no meaning, and must not enter a norm over rows.
+    has_class = (batch.classes < rows.shape[0])[:, None]
+    gradient = jnp.where(has_class, gradient, jnp.zeros((), gradient.dtype))
     dtype = table.compute_dtype(rows)
     batch_rows = table.read(rows, batch).astype(dtype)
     row_state = map_tables(tx, partial(table.read, batch=batch), state)
@@ -90,30 +94,8 @@ def compute_steps(
     return steps["centers"], map_tables(tx, write, new_state, row_state, state)
 
 
-def update_rows(
-    tx: optax.GradientTransformation,
-    state_dtype: DTypeLike | None,
-    rows: jax.Array,
-    state: Any,
-    batch: Groups,
-    gradient: jax.Array,
-    seed: jax.Array | None,
-) -> tuple[jax.Array, Any]:
-    """A `moves.RowUpdate.update`: `tx` steps by the gradient of each slot."""
-    # On a GPU the sums of slots without a class have no meaning, and must not enter a norm over rows.
-    has_class = (batch.classes < rows.shape[0])[:, None]
-    gradient = jnp.where(has_class, gradient, jnp.zeros((), gradient.dtype))
-    steps, state = compute_steps(tx, rows, state, batch, gradient, seed, state_dtype)
-    return table.add(rows, batch, steps, seed), state
-
-
 def _cast_floats(leaf: jax.Array, dtype: DTypeLike) -> jax.Array:
     return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-
-def with_tables_of(tx: optax.GradientTransformation, state: Any, other: Any) -> Any:
-    """`state` with its tables replaced by those of `other`."""
-    return map_tables(tx, lambda _, other_table: other_table, state, other)
 
 
 def map_tables(
@@ -121,14 +103,8 @@ def map_tables(
 ) -> Any:
     """`state` with `function` applied to its tables; all other leaves stay."""
 
-    def apply(is_table: bool, leaf: Any, *rest: Any) -> Any:
+    def apply(is_table: int, leaf: Any, *rest: Any) -> Any:
         return function(leaf, *rest) if is_table else leaf
 
-    return jax.tree.map(apply, _table_mask(tx, state), state, *others)
-
-
-def _table_mask(tx: optax.GradientTransformation, state: Any) -> Any:
-    """A tree of booleans: whether a leaf of `state` is a table."""
-    return optax.tree_utils.tree_map_params(
-        tx, lambda leaf: jnp.ndim(leaf) > 0, state, transform_non_params=lambda leaf: False
-    )
+    are_tables = optax.tree_utils.tree_map_params(tx, jnp.ndim, state, transform_non_params=lambda leaf: 0)
+    return jax.tree.map(apply, are_tables, state, *others)
