@@ -109,6 +109,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
     init_state = partial(transform.init_state, tx, state_dtype=state_dtype)
     compute_steps = partial(transform.compute_steps, tx, state_dtype)
     step = partial(moves.move_rows, compute_steps=compute_steps, in_blocks=in_blocks)
+    program = _update.jit_move(step)
 
     def init(params: Any) -> Any:
         advice = (
@@ -159,8 +160,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
                 "a state in bfloat16 needs a rounding_key: without it, small changes of the state are lost. "
                 + _checks.KEY_ADVICE
             )
-        moved, state = _update.move(centers, state, given, rule, axis_name, after, key, step=step)
-        return jax.tree.unflatten(jax.tree.structure(params), [moved]), state
+        return _update.move(params, state, given, rule, axis_name, after, key, program=program)
 
     return RowOptimizer(init, update, apply_gradients)
 

@@ -95,6 +95,36 @@ def update_centers(
     return moved
 
 
+def _shardings(held: Any, *others: Any) -> Any:
+    return jax.tree.map(lambda leaf: placement.sharding_of(leaf, held, *others), held)
+
+
+def jit_move(step: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """A jitted move by a rule, or with `step`, a `moves.move_rows` with its options, of an optimizer's rows.
+
+    Each row optimizer has its own. As a static argument `step` would be kept for good.
+    """
+
+    @placement.jit_on_auto_axes(_shardings, static_argnames="axis_name")
+    def program(
+        held: Any, batch: Batch, rule: Rule | None, after: Any, seed: Seed, *, axis_name: AxisName
+    ) -> Any:
+        centers, state = held
+        samples, scale = _rules.samples_and_scale(centers, batch, rule, after, axis_name)
+        if step is None:
+            add = partial(moves.add_sums, by_count=rule is None or rule.name != "gradient")
+            return placement.call_for_platform(add, centers, samples, scale, seed), state
+        mesh = placement.mesh_of(centers, samples.classes)
+        # On a mesh the devices would communicate once for each block.
+        options = {"in_blocks": False} if mesh is not None and mesh.size > 1 else {}
+        return placement.call_for_platform(partial(step, **options), centers, state, samples, scale, seed)
+
+    return program
+
+
+_move_by_rule = jit_move()
+
+
 def move(
     params: Any,
     state: Any,
@@ -104,12 +134,12 @@ def move(
     after: Any,
     rounding_key: Any,
     *,
-    step: Callable[..., tuple[jax.Array, Any]] | None = None,
+    program: Callable[..., Any] = _move_by_rule,
     stop_gradient: bool = False,
 ) -> tuple[Any, Any]:
     """Moves centers by a rule, or without a rule by the gradients in place of features.
 
-    With a `step`, a `moves.move_rows` with its options, the rows take a step of an optimizer with this state.
+    `program` is what `jit_move` returns. The state is that of its optimizer; a rule has none, `()`.
     """
     centers = _checks.as_table(params)
     batch = _batch.as_batch(*given, centers, _batch.FEATURES if rule else _batch.GRADIENTS)
@@ -117,24 +147,5 @@ def move(
     if stop_gradient:
         centers, batch, rule, after = lax.stop_gradient((centers, batch, rule, after))
     seed = rounding.seed_of(_checks.as_rounding_key(rounding_key), centers, state)
-    held = _move_jitted((centers, state), batch, rule, after, seed, step=step, axis_name=axis_name)
-    return jax.tree.unflatten(jax.tree.structure(params), [held[0]]), held[1]
-
-
-def _shardings(held: Any, *others: Any) -> Any:
-    return jax.tree.map(lambda leaf: placement.sharding_of(leaf, held, *others), held)
-
-
-@placement.jit_on_auto_axes(_shardings, static_argnames=("step", "axis_name"))
-def _move_jitted(
-    held: Any, batch: Batch, rule: Rule | None, after: Any, seed: Seed, *, step: Any, axis_name: AxisName
-) -> Any:
-    centers, state = held
-    samples, scale = _rules.samples_and_scale(centers, batch, rule, after, axis_name)
-    if step is None:
-        add = partial(moves.add_sums, by_count=rule is None or rule.name != "gradient")
-        return placement.call_for_platform(add, centers, samples, scale, seed), state
-    mesh = placement.mesh_of(centers, samples.classes)
-    if mesh is not None and mesh.size > 1:  # The devices would communicate once for each block.
-        step = partial(step, in_blocks=False)
-    return placement.call_for_platform(step, centers, state, samples, scale, seed)
+    moved, state = program((centers, state), batch, rule, after, seed, axis_name=axis_name)
+    return jax.tree.unflatten(jax.tree.structure(params), [moved]), state

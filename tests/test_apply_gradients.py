@@ -1,6 +1,8 @@
 """A row optimizer fed with gradients of any kind, against dense optax with absent rows frozen."""
 
+import gc
 import re
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -195,3 +197,13 @@ def test_what_does_not_fit_is_named():
         optimizer.apply_gradients(table, state, jnp.array([0]), gradients)
     moved, _ = jax.jit(optimizer.apply_gradients)(table, state, jnp.array([0, 3]), gradients)
     np.testing.assert_allclose(moved, [[-0.3] * D, [0] * D, [0] * D], rtol=1e-6)
+
+
+def test_a_row_optimizer_that_is_no_longer_used_is_freed():
+    tx = optax.sgd(0.1)
+    rows, transformation = jcl.row_optimizer(tx), weakref.ref(tx.update)
+    params = jnp.ones((20, 2))
+    rows.apply_gradients(params, rows.init(params), jnp.arange(3), jnp.ones((3, 2)))
+    del rows, tx
+    gc.collect()
+    assert transformation() is None
