@@ -1,4 +1,4 @@
-"""Array-likes become arrays of JAX, and what means more than its numbers is refused.
+"""Makes JAX arrays of array-likes, and refuses those whose mask or unit would be lost.
 
 A "NumPy-like" value is an array of NumPy or of another library that converts to one, such as a torch tensor.
 """
@@ -14,7 +14,6 @@ from jax.typing import ArrayLike
 
 # How a mask of these arguments leaves samples out.
 _LEFT_OUT = ".astype(int).filled(-1)"
-_FILLED_X = "x=x.filled(0)` with `where=~np.ma.getmaskarray(x).any(-1)"
 _FILLED = {"labels": _LEFT_OUT, "rows": _LEFT_OUT, "where": ".filled(False)", "weights": ".filled(0)"}
 
 
@@ -69,11 +68,13 @@ def check_plain(name: str, value: Any) -> None:
     """Raises for an array, or a list with one, whose mask or unit `np.asarray` would drop."""
     for leaf in jax.tree.leaves(value) if isinstance(value, list | tuple) else [value]:
         if isinstance(leaf, np.ma.MaskedArray):
-            filled = f"{name}{_FILLED[name]}" if name in _FILLED else _FILLED_X
-            raise TypeError(
-                f"{name} must not be a masked array, of which JAX would drop the mask. `{filled}` leaves "
-                "masked samples out."
-            )
+            advice = "Pass plain numbers."
+            if name in _FILLED:
+                advice = f"`{name}{_FILLED[name]}` leaves masked samples out."
+            elif name in ("x", "gradients"):
+                with_where = f"`{name}.filled(0)` with `where=~np.ma.getmaskarray({name}).any(-1)`"
+                advice = f"{with_where} leaves masked samples out."
+            raise TypeError(f"{name} must not be a masked array, of which JAX would drop the mask. {advice}")
         if any(hasattr(type(leaf), attribute) for attribute in ("unit", "units")):
             raise TypeError(
                 f"{name} must be plain numbers, got {type(leaf).__name__}, whose unit would be dropped. Pass "

@@ -97,13 +97,13 @@ def _as_class_indices(labels: ArrayLike, x: jax.Array, names: Names) -> jax.Arra
     )
     classes = _arrays.as_array(names.labels, labels, advice)
     if not jnp.issubdtype(classes.dtype, jnp.integer) or classes.shape != x.shape[:-1]:
-        raise _no_class_indices(labels, classes, x, names)
+        raise _class_indices_error(labels, classes, x, names)
     if classes.dtype.itemsize < 4:  # 8 and 16 bits may not hold the number of classes.
         classes = classes.astype(jnp.int32)
     return placement.reshard_like_samples(classes, x)
 
 
-def _no_class_indices(labels: Any, classes: jax.Array, x: jax.Array, names: Names) -> Exception:
+def _class_indices_error(labels: Any, classes: jax.Array, x: jax.Array, names: Names) -> Exception:
     """The error about labels that are no integers, or have another shape, with code that mends them."""
     # JAX's functions inside of `jit`, and NumPy's for what JAX's do not accept.
     numpy = "jnp" if isinstance(labels, jax.Array) else "np"
@@ -162,8 +162,9 @@ def _as_per_sample(name: str, array: jax.Array, x: jax.Array, names: Names, advi
 def _check_concrete_values(labels: Any, where: Any, weights: Any, num_classes: int, names: Names) -> None:
     """Raises on a label `>= C` and on a negative weight, where the values are known to this process.
 
-    Labels and masks that are on a device are copied to the host for that. Not checked are samples that
-    `where` excludes, weights of samples with a negative label, and labels of samples of weight 0.
+    Labels, masks and weights that are on a device are copied to the host for that. Not checked are samples
+    that `where` excludes, weights of samples with a negative label, and labels of samples of weight 0; nor
+    any label if the mask or the weights are traced, since they may leave its sample out.
     """
     if not (_arrays.is_concrete(labels) and _arrays.is_concrete(where)):
         return

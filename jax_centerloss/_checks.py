@@ -45,7 +45,7 @@ def check_floating(dtype: DTypeLike, name: str, advice: str | None = None) -> No
 def as_table(params: Any, name: str = "params", advice: str = "") -> jax.Array:
     """Returns the one leaf of `params`, and raises unless it is a `(C, D)` table of floats.
 
-    `advice` is what an error adds if `params` has more leaves.
+    `advice` is what an error adds unless `params` has one leaf.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if len(leaves) != 1:
@@ -71,7 +71,7 @@ def as_table(params: Any, name: str = "params", advice: str = "") -> jax.Array:
 def as_scalar(name: str, value: Any, advice: str | None = None) -> float | jax.Array:
     """Returns a Python float or a scalar array, and raises unless `value` is one real number.
 
-    Of a plain number no array is made, since that would start JAX's backend, which constructors must not do.
+    Of a plain number no array is made: that would start JAX's backend, which modules need not do when built.
     """
     if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
         return float(value)
@@ -102,7 +102,7 @@ def as_rounding_key(value: Any) -> jax.Array | None:
 
 
 def as_previous_table(params: Any, previous: Any, centers: jax.Array) -> jax.Array:
-    """Returns the table in `previous`, and raises if it has another shape or is the array in `params`."""
+    """The table in `previous`. Raises if it was donated, has another shape, or is that in `params`."""
     advice = "Keep a copy from before the steps: `previous = jax.tree.map(jnp.copy, params)`."
     leaves = [leaf for leaf in jax.tree.leaves(previous) if isinstance(leaf, jax.Array)]
     if any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in leaves):

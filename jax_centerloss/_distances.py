@@ -23,8 +23,8 @@ _SAMPLED_CLASSES = 32  # The origin of features and centers is one of at most th
 def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "highest") -> jax.Array:
     """Squared distances between each feature vector and every center.
 
-    They are computed as `|x|² + |c|² - 2 x·c`, as in KaiyangZhou/pytorch-center-loss, which needs a matrix
-    product and no `(..., C, D)` array. One of the centers, amid the others, is subtracted from features and
+    They are computed as `|x|² + |c|² - 2 x·c`, as in KaiyangZhou/pytorch-center-loss: by a matrix product,
+    without a `(..., C, D)` array. One of the centers, amid the others, is subtracted from features and
     centers first. That changes no distance, and reduces cancellation when all are far from 0.
 
     Args:
@@ -87,10 +87,10 @@ def squared_distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.Pre
 
 
 def map_in_blocks(fn: Callable[..., Any], width: int, mesh: Any, x: jax.Array, *others: jax.Array) -> Any:
-    """`fn(x, *others)`, arrays `(..., K)` for samples `(...)`, in blocks of samples if they are many.
+    """`fn(x, *others)`, one or more arrays `(..., K)`, in blocks of samples `(...)` if they are many.
 
-    `fn` computes `width` numbers for each sample. A block takes the same number of samples from each stripe.
-    As of classes, stripes are equal blocks of each axis, each in one shard, so that no sample travels.
+    `fn` computes `width` numbers for each sample. Each axis of samples is cut into equal stripes, each within
+    one shard. A block takes the same number of samples from every stripe, so that none travels.
     """
     shape = x.shape[:-1]
     # In an exported program a size may be symbolic. It has no blocks.
@@ -102,6 +102,8 @@ def map_in_blocks(fn: Callable[..., Any], width: int, mesh: Any, x: jax.Array, *
     stripes = [math.gcd(size, num_devices) for size in shape]
     lengths = [size // number for size, number in zip(shape, stripes, strict=True)]
     stripes_first = np.arange(2 * rank).reshape(rank, 2).T.reshape(-1)
+    length = math.prod(lengths)
+    block = max(1, min(length, _BLOCK_ENTRIES // (width * math.prod(stripes))))
 
     def split(array: jax.Array) -> jax.Array:  # To (*stripes, length, ...).
         rest = array.shape[rank:]
@@ -110,14 +112,13 @@ def map_in_blocks(fn: Callable[..., Any], width: int, mesh: Any, x: jax.Array, *
         return array.reshape(*stripes, -1, *rest)
 
     def join(blocks: jax.Array) -> jax.Array:  # From (blocks, *stripes, block, K).
+        # The last block is kept whole. The others end where it begins.
         first = jnp.moveaxis(blocks[:-1], 0, rank).reshape(*stripes, -1, blocks.shape[-1])
         first = lax.slice_in_dim(first, 0, length - block, axis=rank)
         joined = jnp.concatenate([first, blocks[-1]], axis=rank).reshape(*stripes, *lengths, -1)
         return joined.transpose(*np.argsort(stripes_first), 2 * rank).reshape(*shape, -1)
 
     arrays = [split(array) for array in (x, *others)]
-    length = math.prod(lengths)
-    block = max(1, min(length, _BLOCK_ENTRIES // (width * math.prod(stripes))))
     # The last block is moved back until it fits, and computes some samples again.
     starts = jnp.minimum(jnp.arange(-(-length // block), dtype=jnp.int32) * block, length - block)
     blocks = lax.map(
@@ -206,7 +207,7 @@ def _nearest_in_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
     offsets = jnp.arange(stripes, dtype=jnp.int32) * length
 
     def nearest_in_stripes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of each stripe, the least score and its class, `(..., S)`."""
+        """The least score in each stripe of classes, and its class, `(..., stripes)`."""
         x = _subtract(x, origin)
         leading = (1,) * (x.ndim - 1)
 

@@ -83,9 +83,9 @@ def center_loss(
     if weights is not None:
         # A sample of weight 0 is left out if its loss is not finite, since 0 * NaN is NaN. Otherwise it stays
         # in, so that the derivative with respect to its weight is right.
-        counts = weights != 0
+        has_weight = weights != 0
         distance = lax.stop_gradient(_reduce.squared_distance(x, rows, in_range, used))
-        used = used & (counts | (in_range & jnp.isfinite(distance)))
+        used = used & (has_weight | (in_range & jnp.isfinite(distance)))
     losses = sample_losses(x, rows, in_range, used, clip=clip, num_classes=centers.shape[0])
     return _reduce.reduce(losses, used, weights, reduce_fn, axis_name, counted=used & in_range)
 

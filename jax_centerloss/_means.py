@@ -83,6 +83,7 @@ def _state_sharding(*arrays: Any) -> _State:
 
 @placement.jit_on_auto_axes(_state_sharding)
 def _initial_state(centers: jax.Array) -> _State:
+    """The old centers, as the means of no samples: a class that is never seen keeps its center."""
     # The copy can be donated. In half precision a running mean would have too few digits.
     means = jnp.array(centers, table.compute_dtype(centers))
     return _State(means, jnp.zeros_like(means), jnp.zeros(centers.shape[0], jnp.int32))
@@ -99,7 +100,7 @@ def _find_unseen(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
 @placement.jit_on_auto_axes(_state_sharding, donate_argnums=0)
 def _add_batch(state: _State, batch: _batch.Batch) -> _State:
     """The running means with the samples of a batch added."""
-    samples = _rules.rows_as_samples(state.means, batch, None, None)
+    samples = _rules.plain_samples(state.means, batch, after=None, axis_name=None)
     return placement.call_for_platform(_add_samples, state, samples.classes, samples.values)
 
 
@@ -120,10 +121,12 @@ def _add_samples(state: _State, labels: jax.Array, x: jax.Array, *, platform: st
     # The transpose of the sum by class gives each sample the start of its class.
     (start_of_sample,) = jax.linear_transpose(batch.sum, x)(start)
     sums = batch.sum(x - start_of_sample)
-    # Compensated summation: the exact mean so far is `start + old_remainder`.
+    # Compensated summation: the exact mean so far is `start + old_remainder`, and `step` moves it by the mean
+    # difference of the new samples from it.
     old_remainder = jnp.where(is_old, table.read(remainder, batch).astype(x.dtype), jnp.zeros((), x.dtype))
     step = old_remainder + share[:, None] * (sums - new_counts.astype(x.dtype)[:, None] * old_remainder)
     mean = (start + step).astype(means.dtype)
+    # The rounding error of `start + step`, by Knuth's two-sum.
     added = mean.astype(x.dtype) - start
     new_remainder = (step - added) + (start - (mean.astype(x.dtype) - added))
     means = table.write(means, batch, mean)

@@ -99,7 +99,7 @@ def _compute_metrics(
         used = used & (weights != 0)
     rows, in_range = table.gather_label_rows(centers, labels, x)
     own = _reduce.squared_distance(x.astype(rows.dtype), rows, in_range, used)
-    # Those of unused samples are set to 0 before a square root: its derivative at NaN can't be masked later.
+    # Distances of unused samples are 0 before the root, whose derivative at NaN can't be masked later.
     own = _safe_sqrt(jnp.where(used, own, jnp.zeros((), own.dtype)))
     own = jnp.where(in_range, own, np.full((), np.nan, rows.dtype))
     nearest = _nearest_other(centers, x, labels, used)
@@ -108,7 +108,7 @@ def _compute_metrics(
         return _reduce.reduce(values, used, weights, jnp.mean, axis_name)
 
     own_distance = mean(own)
-    is_zero = own_distance == 0
+    is_zero = own_distance == 0  # If no sample is used, both means are 0. The ratio is then 0.
     ratio = own_distance / jnp.where(is_zero, np.ones((), own.dtype), mean(nearest))
     metrics = {"own_distance": own_distance, "gap": mean(nearest - own), "ratio": ratio}
 

@@ -56,11 +56,12 @@ def with_center_optimizer(
 
     The gradient of `cross_entropy + lam * center_loss` with respect to the centers is proportional to `lam`.
     `weight=lam` divides by `lam`, so that the learning rate of the centers does not depend on it. Without
-    `weight`, SGD moves the centers `lam` times as far. If `lam` is a schedule, both have to take it at the
-    same step. In the loss, take it at this transformation's own: `lam(optax.tree_utils.tree_get(opt_state,
-    "step"))`. Other counters, such as `optimizer.step` or that of a `TrainState`, count calls: under
-    `optax.MultiSteps` or `optax.apply_if_finite`, or with a new optimizer, they run ahead. Chain the clipping
-    of gradients into `tx`: around this transformation, the norm would include the gradient of the centers.
+    `weight`, SGD moves the centers `lam` times as far. If `lam` is a schedule, the loss and this
+    transformation have to take it at the same step. In the loss, use the step that this transformation
+    counts: `lam(optax.tree_utils.tree_get(opt_state, "step"))`. Other counters, such as `optimizer.step` or
+    that of a `TrainState`, count calls: under `optax.MultiSteps` or `optax.apply_if_finite`, or with a new
+    optimizer, they run ahead. Chain the clipping of gradients into `tx`: around this transformation, the norm
+    would include the gradient of the centers.
 
     Args:
       tx: the model's optimizer.
@@ -111,7 +112,7 @@ def with_center_optimizer(
         return optax.partition(chains, lambda _: labels)
 
     def init(params: Any) -> CenterOptimizerState:
-        # `optax.tree.map_params` passes a placeholder in place of the tree, which stands for its marks too.
+        # `optax.tree.map_params` calls `init` with a placeholder without leaves, which stands for marks too.
         is_tree = jax.tree.leaves(params) or isinstance(params, Mapping | tuple | list | None)
         marks = _marks(params, select) if is_tree else params
         return CenterOptimizerState(marks, split_by(marks).init(params))
@@ -127,7 +128,7 @@ def with_center_optimizer(
 
 def _as_weight(weight: Any) -> float | jax.Array:
     lam = _checks.as_scalar("weight", weight, "Pass λ as a number, or as an optax schedule that returns one.")
-    if _arrays.is_concrete(lam) and not np.asarray(lam) >= 0:  # By NumPy, since `jit` would trace it.
+    if _arrays.is_concrete(lam) and not np.asarray(lam) >= 0:  # JAX would trace it in `jit`.
         raise ValueError(f"weight must not be negative or NaN, got {float(lam):g}.")
     return lam
 
@@ -176,7 +177,10 @@ def _marks(params: Any, select: Callable[[Path, Any], bool] | None) -> Any:
 
 
 def _find_centers(leaf_of: dict[Path, Any]) -> list[Path]:
-    """The paths of centers: of Variables that a center loss owns, and of other leaves by their key."""
+    """The paths of centers: of Variables that a center loss owns, or of the one other leaf with their key.
+
+    Raises if there is none, or if a leaf that is known by its key alone is not the only one.
+    """
     owned = [path for path, leaf in leaf_of.items() if is_owned(leaf)]
     named = [path for path in leaf_of if "centers" in path]
     keyed = [path for path in named if not _is_variable(leaf_of[path])]

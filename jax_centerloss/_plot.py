@@ -88,7 +88,7 @@ def plot(
     ax = _new_axes() if ax is None else ax
     colors = _colors(len(colored))
     point_colors, class_colors = (colors[np.searchsorted(colored, drawn)] for drawn in (classes, seen))
-    if len(points) > _MOST_DOTS if density is None else density:
+    if density or (density is None and len(points) > _MOST_DOTS):
         _draw_density(ax, points, point_colors)
     else:
         size = float(np.clip(16 * 1000 / max(len(points), 1), 2, 16))

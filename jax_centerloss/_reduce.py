@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 @jax.custom_jvp
 def squared_distance(x: jax.Array, rows: jax.Array, in_range: jax.Array, used: jax.Array) -> jax.Array:
-    """`|x - row|²` `(...)` of features `x (..., D)` and their centers `rows (..., D)`.
+    """`|x - row|²` of features `x (..., D)` and centers `rows (..., D)`; masks change its derivative alone.
 
-    The masks `in_range (...)` and `used (...)` affect only the derivative, `2 (x - row) · (dx - drow)`. In it
+    The derivative, with the masks `in_range (...)` and `used (...)`, is `2 (x - row) · (dx - drow)`. In it
     the differences of unused samples are set to 0 before they are multiplied, since 0 * NaN is NaN. A label
     out of range gives no gradient to a center. A `jnp.where` before the square would give the same
     derivative, but XLA would then compute `x - rows` several times.
@@ -39,7 +39,7 @@ def _squared_distance_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.A
 
 
 def count(used: jax.Array, axis_name: AxisName = None) -> jax.Array:
-    """The number of used samples, on all devices if there is an `axis_name`."""
+    """The number of used samples, over `axis_name` too if there is one."""
     return _psum(jnp.sum(used, dtype=jnp.int32), axis_name)
 
 
@@ -51,7 +51,7 @@ def reduce(
     axis_name: AxisName,
     counted: jax.Array | None = None,
 ) -> jax.Array:
-    """The weighted values of samples, 0 for unused ones, or their sum or mean on all devices.
+    """The weighted values of samples, 0 for unused ones, or their sum or mean, over `axis_name` too.
 
     `counted` are the samples in the denominator of the mean, by default the used ones. The loss leaves out
     labels `>= C`, whose loss is NaN.
@@ -78,7 +78,7 @@ def total_and_number(
 
 @partial(jax.jit, inline=True)
 def _sum_both(values: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
-    if jax.__version_info__ < (0, 10):  # There the other form can't be differentiated inside of `shard_map`.
+    if jax.__version_info__ < (0, 10):  # There `platform_dependent` has no derivative in `shard_map`.
         return _sum_both_on(values, numbers, platform="cpu")
     return placement.call_for_platform(_sum_both_on, values, numbers)
 

@@ -64,7 +64,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
     Args:
       tx: an optax transformation.
       state_dtype: the dtype in which the state of the rows is stored between steps: `jnp.bfloat16`, which
-        halves the memory of Adam's moments, `jnp.float32` or `jnp.float64`. With bfloat16, `update` needs a
+        halves the memory of Adam's moments, `jnp.float32` or `jnp.float64`. With bfloat16, each step needs a
         `rounding_key`: rounded to nearest, a moment that decays by a thousandth in a step would never decay.
 
     Returns:

@@ -36,11 +36,10 @@ def as_rule(name: str, alpha: Any, clip: Clip = _checks.CLIP, reduce_fn: ReduceF
 
 
 def _scale(rule: Rule, denominator: jax.Array, counts: jax.Array) -> jax.Array:
-    """The factor of `sum(x - c_j)` over the samples of class j, of their number n_j in `counts`.
+    """The factor of each class's `sum(x - c_j)`; `counts` holds the numbers n_j of their samples.
 
-    The denominator is N, the number of all used samples, or 1 for the gradient of a sum. With weights, n_j
-    and N are sums of weights. If n_j is NaN, so is the factor. That of the rule "gradient" does not depend
-    on n_j in another way.
+    `denominator` is N, the number of all used samples, for the gradient of a mean, and else 1. With weights,
+    n_j and N are sums of weights. A NaN in n_j makes the factor NaN, and for "gradient" that is all n_j does.
     """
     rate = rule.rate.astype(counts.dtype)
     if rule.name == "paper":  # Eq. 4: c_j - alpha * sum(c_j - x) / (1 + n_j).
@@ -51,8 +50,8 @@ def _scale(rule: Rule, denominator: jax.Array, counts: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(counts), counts, rate * (2 / denominator))
 
 
-def rows_as_samples(centers: jax.Array, batch: Batch, after: Any, axis_name: AxisName) -> Samples:
-    """The samples of a batch, whose values are the rows `(..., D)` of the batch as they are."""
+def plain_samples(centers: jax.Array, batch: Batch, after: Any, axis_name: AxisName) -> Samples:
+    """The samples of a batch, with its `x` as their values: gradients, or features whose means are wanted."""
     x, labels, used, _ = batch
     x = x.astype(table.compute_dtype(x, centers))
     classes = table.classes_where(used & (labels < centers.shape[0]), labels.astype(jnp.int32))
@@ -71,7 +70,7 @@ def samples_and_scale(
     distance.
     """
     if rule is None:
-        return rows_as_samples(centers, batch, after, axis_name), Partial(jnp.ones_like)
+        return plain_samples(centers, batch, after, axis_name), Partial(jnp.ones_like)
     x, labels, used, weights = batch
     rows, in_range = table.gather_label_rows(centers, labels, x)
     x = x.astype(rows.dtype)
@@ -80,7 +79,8 @@ def samples_and_scale(
     distance = _reduce.squared_distance(x, rows, in_range, used)
     denominator = jnp.ones((), rows.dtype)
     if rule.name == "gradient" and not rule.summed:
-        # N is the denominator of the loss, computed as in the loss: without weights XLA computes both once.
+        # Only N is needed. It is computed beside the sum of losses, as in the loss, so that without weights
+        # XLA computes both once.
         losses = _loss.sample_losses(x, rows, in_range, used, clip=rule.clip, num_classes=centers.shape[0])
         _, denominator = _reduce.total_and_number(losses, used, weights, axis_name, counted=used & in_range)
     used = used & in_range

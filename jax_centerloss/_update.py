@@ -96,13 +96,15 @@ def update_centers(
 
 
 def _shardings(held: Any, *others: Any) -> Any:
+    """The shardings of `held`, the centers and the state of their optimizer, as they are."""
     return jax.tree.map(lambda leaf: placement.sharding_of(leaf, held, *others), held)
 
 
 def jit_move(step: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """A jitted move by a rule, or with `step`, a `moves.move_rows` with its options, of an optimizer's rows.
+    """Jits a move of the centers: by a rule, or by a row optimizer's `step`, a partial of `moves.move_rows`.
 
-    Each row optimizer has its own. As a static argument `step` would be kept for good.
+    Each row optimizer gets a program of its own, which is freed with it. One program for all would keep each
+    `step` as a static argument for good.
     """
 
     @placement.jit_on_auto_axes(_shardings, static_argnames="axis_name")

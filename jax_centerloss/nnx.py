@@ -38,7 +38,7 @@ def _sharding_metadata(out_sharding: Any) -> dict[str, Any]:
     return {name: out_sharding} if isinstance(out_sharding, PartitionSpec) else {}
 
 
-def _on_mesh(out_sharding: Any) -> Any:
+def _map_logical_axes(out_sharding: Any) -> Any:
     """`out_sharding` with logical names replaced by mesh axes, by the rules that are set for Flax."""
     if not isinstance(out_sharding, PartitionSpec):
         return out_sharding
@@ -115,7 +115,7 @@ class CenterLoss(nnx.Module):
         if type(out_sharding) is tuple:
             out_sharding = PartitionSpec(*out_sharding)
         draw = partial(_init.init_centers, initializer=centers_init, dtype=param_dtype)
-        drawn = draw(rngs.params(), num_classes, feat_dim, out_sharding=_on_mesh(out_sharding))
+        drawn = draw(rngs.params(), num_classes, feat_dim, out_sharding=_map_logical_axes(out_sharding))
         kind = nnx.Param if centers_as == "param" else Centers
         metadata: dict[str, Any] = OWNER | _sharding_metadata(out_sharding)
         self.centers = kind(drawn["centers"], **metadata)
@@ -132,7 +132,7 @@ class CenterLoss(nnx.Module):
         if is_shared or not isinstance(variable, nnx.Variable):
             super().__setattr__(name, value)
             return
-        # The table gets the dtype and the sharding of the present centers.
+        # The table gets the dtype of the present centers, and outside of `jit` their sharding.
         new = _checks.as_table(value, "centers")
         old = self.centers[...]
         _checks.check_declared_shape(new, *old.shape)
@@ -170,7 +170,7 @@ class CenterLoss(nnx.Module):
         after: Any = None,
         rounding_key: jax.Array | None = None,
     ) -> None:
-        """Moves centers that no optimizer moves, in the module: see `jax_centerloss.update_centers`.
+        """Moves the centers of the module by a rule: see `jax_centerloss.update_centers`.
 
         Args are those of `jax_centerloss.update_centers`, without `axis_name`, which is the module's. Call it
         once in each step, with the features of the step and with the loss as `after`. No gradient passes

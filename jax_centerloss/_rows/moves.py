@@ -1,4 +1,4 @@
-"""How a batch moves the rows of a table: its samples are summed by class, and each row steps once."""
+"""How a batch moves the rows of a table: by a step for the sum of each class, or sample by sample."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class Samples(NamedTuple):
 
     classes: jax.Array  # (N,) int32, the class whose row a sample moves, or `NO_CLASS`.
     values: jax.Array  # (N, D), summed by class.
-    counted: jax.Array  # (N,), as how many it counts, never 0. NaN makes the whole row of its class NaN.
+    counted: jax.Array  # (N,), as how many it counts, not 0 if it has a class. NaN makes that whole row NaN.
     kept: jax.Array | None  # (N,) bool, or None for all. Other samples count, but add no value.
     ready: jax.Array  # Always True, computed from what has to be read before rows are written.
 
@@ -35,21 +35,21 @@ class Samples(NamedTuple):
 def add_sums(
     rows: jax.Array, samples: Samples, scale: ScaleFn, seed: Seed, *, by_count: bool, platform: str
 ) -> jax.Array:
-    """The table `rows (C, D)` with the scaled sum of each class added to its row.
+    """The table `rows (C, D)` with the scaled sum of each class added to its row, or its terms one by one.
 
     `by_count` is False if `scale` uses a count only to pass on NaN.
     """
-    # Samples are added one by one, unless classes are few or in half precision: there the sum comes first,
-    # since each addition to a row is rounded, and hundreds of samples may meet in one. So it does on a GPU,
-    # whose order of additions differs from run to run, and on a TPU if samples have to be counted, which is
-    # slow there.
+    # The sum comes first if classes are few or rows are in half precision: each addition to a row is rounded,
+    # and hundreds of samples may meet in one. So it does on a GPU, whose order of additions differs from run
+    # to run, and on a TPU if samples have to be counted, which is slow there.
     few_classes = not groups.known_at_most(samples.classes.shape[0] + 1, rows.shape[0])
-    slow = platform == "gpu" or (platform == "tpu" and by_count)
-    if few_classes or slow or rows.dtype != samples.values.dtype:
+    sums_first = platform == "gpu" or (platform == "tpu" and by_count) or rows.dtype != samples.values.dtype
+    if few_classes or sums_first:
         return move_rows(rows, (), samples, scale, seed, platform=platform)[0]
     classes, values, counts = samples.classes, samples.values, samples.counted
     if by_count:
-        # Counting in an array with an entry for every class pays while that is small, beside the values too.
+        # An array with an entry for every class pays while it is small: at most so many entries a sample, and
+        # no more than there are values.
         many_classes = min(_MANY_CLASSES, rows.shape[1])
         counts = groups.count_class_of_sample(classes, counts, rows.shape[0], many_classes)
     factor = scale(counts)

@@ -66,14 +66,15 @@ def _run_trial(tx: GradientTransformation) -> tuple[str | None, bool]:
         if state_table.shape[0] != _NUM_CLASSES:
             return f"for rows {rows.shape} it keeps state of shape {state_table.shape}", False
     by_rows = jax.jit(partial(_step_by_rows, tx))
-    dense = jax.jit(partial(_disturbed_step, tx))
+    disturbed_step = jax.jit(partial(_disturbed_step, tx))
     in_blocks = True
     for touched, size in zip(_TOUCHED, _SIZES, strict=True):
         gradient = np.zeros(rows.shape, np.float32)
         noise = rng.normal(size=(len(touched), _FEAT_DIM)).astype(np.float32)
         gradient[touched] = size * (base_gradient[touched] + 0.5 * noise)
         touched_rows = jnp.array(touched, jnp.int32)
-        expected = [dense(rows, state, touched_rows, gradient, offset) for offset in jnp.array([0.0, 1e6])]
+        offsets = jnp.array([0.0, 1e6])
+        expected = [disturbed_step(rows, state, touched_rows, gradient, offset) for offset in offsets]
         # NaN in the gradient of the first row: a norm over rows would spread it to the others.
         with_nan = gradient[touched]
         with_nan[0] = np.nan
@@ -81,7 +82,7 @@ def _run_trial(tx: GradientTransformation) -> tuple[str | None, bool]:
         steps, state, rows = by_rows(rows, state, touched_rows, gradient[touched])
         if not all(_all_close((steps, state), other) for other in expected):
             return "the step of a row depends on rows outside of the batch, or on num_classes", False
-        without_first = partial(_without_row, tx, touched[0])
+        without_first = partial(_with_zero_row, tx, touched[0])
         in_blocks &= _all_close((nan_steps[1:], without_first(nan_state)), (steps[1:], without_first(state)))
     return None, in_blocks
 
@@ -89,7 +90,7 @@ def _run_trial(tx: GradientTransformation) -> tuple[str | None, bool]:
 def _step_by_rows(
     tx: GradientTransformation, rows: jax.Array, state: Any, touched: jax.Array, gradients: jax.Array
 ) -> tuple[jax.Array, Any, jax.Array]:
-    """The steps of the touched rows, the new state, and the moved rows."""
+    """The steps of the touched rows, the new state, and the whole table after the step."""
     # The last slot has no class, like some slots of a batch.
     classes = jnp.append(touched, NO_CLASS)
     gradients = jnp.append(gradients, jnp.zeros_like(gradients[:1]), 0)
@@ -98,7 +99,8 @@ def _step_by_rows(
     return steps[:-1], state, table.add(rows, batch, steps)
 
 
-def _without_row(tx: GradientTransformation, row: int, state: Any) -> Any:
+def _with_zero_row(tx: GradientTransformation, row: int, state: Any) -> Any:
+    """The state with one row of its tables set to 0, so that only the others are compared."""
     return transform.map_tables(tx, lambda state_table: state_table.at[row].set(0), state)
 
 

@@ -60,11 +60,12 @@ def _gather_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 def _gather_tangent(
     tangent: jax.Array, index: jax.Array, rows: jax.Array, *, mesh: Any, platform: str
 ) -> Any:
-    """`tangent[index]`, with the sharding of `rows`. Its transpose is the backward pass, in three parts.
+    """`tangent[index]`, with the sharding of `rows`. JAX transposes it to get the backward pass.
 
-    The backward pass (1) replicates the gradients of samples, (2) on a GPU sums them by class, and (3) adds
-    them to rows of one table of zeros, not of one for each shard. Here (1) and (2) are written as they run,
-    and transposed. The gather is the transpose of (3), which `jax.linear_transpose` can't make on every mesh.
+    The backward pass has to (1) replicate the gradients of samples, (2) on a GPU sum them by class, and (3)
+    add them to rows of one table of zeros, not of one for each shard. This is that pass written backwards: a
+    gather, whose transpose is (3), then the transpose of `sum_gradients`, which does (1) and (2). The whole
+    of it can't be transposed by `jax.linear_transpose` on every mesh.
     """
     flat = index.reshape(-1)
     if platform == "gpu":

@@ -36,6 +36,8 @@ def init_state(
 def place_state(state: Any, rows: jax.Array) -> Any:
     """Gives an initial state the placement that it has after the first step, in arrays of its own.
 
+    A copy keeps the placement of its original.
+
     Otherwise the second step would be compiled again, or a donated array would stand in it twice.
     """
     seen = {id(rows)}
@@ -103,6 +105,7 @@ def map_tables(
 ) -> Any:
     """`state` with `function` applied to its tables; all other leaves stay."""
 
+    # `is_table` is the number of axes of a leaf made from the table, and 0 for any other.
     def apply(is_table: int, leaf: Any, *rest: Any) -> Any:
         return function(leaf, *rest) if is_table else leaf
 
