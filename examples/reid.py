@@ -111,7 +111,7 @@ def make_optimizer(lam: float, lr: float, alpha: float, steps: int) -> optax.Gra
 
 
 def batches(labels: np.ndarray, size: int, instances: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
-    """P x K: in an epoch every drawing once, as far as batches are full, K of each character in a batch."""
+    """P x K: batches of K drawings of P characters; an epoch has the first multiple of K of each once."""
     random = np.random.default_rng(seed)
     count = np.bincount(labels).min() // instances * instances
     drawings = np.stack([np.flatnonzero(labels == j)[:count] for j in range(labels.max() + 1)])

@@ -16,7 +16,7 @@ from jax_centerloss import _batch, _checks
 from jax_centerloss._rows import placement, table
 
 _CLASS_BLOCK = 1024  # `nearest_center` scans at most this many classes at a time.
-_BLOCK_ENTRIES = 2**22  # Samples are taken in blocks, whose distances are at most this many.
+_BLOCK_ENTRIES = 2**22  # Of blocks of samples: as many distances at most, or one sample of each stripe.
 _SAMPLED_CLASSES = 32  # The origin of features and centers is one of at most this many centers.
 
 

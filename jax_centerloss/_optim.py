@@ -165,27 +165,28 @@ def _divide_out(
 def _marks(params: Any, select: Callable[[Path, Any], bool] | None) -> Any:
     """The tree of marks in `CenterOptimizerState.centers`."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_variable)
-    leaf_of = {_as_path(key_path): leaf for key_path, leaf in leaves}
+    leaves = [(_as_path(key_path), leaf) for key_path, leaf in leaves]
     if select is None:
-        centers = _find_centers(leaf_of)
+        chosen = _find_centers(leaves)
     else:
-        centers = [path for path, leaf in leaf_of.items() if select(path, _content(leaf))]
-        if not centers:
-            raise ValueError(f"no parameter was picked by select: this model has {_list_paths(leaf_of)}.")
-    marks = [optax.EmptyState() if path in centers else optax.MaskedNode() for path in leaf_of]
+        chosen = [bool(select(path, _content(leaf))) for path, leaf in leaves]
+        if not any(chosen):
+            paths = _list_paths(path for path, _ in leaves)
+            raise ValueError(f"no parameter was picked by select: this model has {paths}.")
+    marks = [optax.EmptyState() if is_center else optax.MaskedNode() for is_center in chosen]
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_variable), marks)
 
 
-def _find_centers(leaf_of: dict[Path, Any]) -> list[Path]:
-    """The paths of centers: of Variables that a center loss owns, or of the one other leaf with their key.
+def _find_centers(leaves: list[tuple[Path, Any]]) -> list[bool]:
+    """Which leaves are centers: Variables that a center loss owns, or the one other leaf with their key.
 
     Raises if there is none, or if a leaf that is known by its key alone is not the only one.
     """
-    owned = [path for path, leaf in leaf_of.items() if is_owned(leaf)]
-    named = [path for path in leaf_of if "centers" in path]
-    keyed = [path for path in named if not _is_variable(leaf_of[path])]
-    found = owned + keyed
-    if len(found) > 1 and keyed:
+    named = [path for path, _ in leaves if "centers" in path]
+    keyed = ["centers" in path and not _is_variable(leaf) for path, leaf in leaves]
+    chosen = [is_keyed or is_owned(leaf) for is_keyed, (_, leaf) in zip(keyed, leaves, strict=True)]
+    found = [path for is_center, (path, _) in zip(chosen, leaves, strict=True) if is_center]
+    if len(found) > 1 and any(keyed):
         raise ValueError(
             f'several parameters are below a key "centers": {_list_paths(found)}. Other layers have '
             "parameters of that name too. Say by `select` which hold centers, for example "
@@ -199,12 +200,12 @@ def _find_centers(leaf_of: dict[Path, Any]) -> list[Path]:
             else 'no parameter is below a key "centers"'
         )
         raise ValueError(
-            f"{reason}: this model has {_list_paths(leaf_of)}. Put the center loss module (or the dict from "
-            "init_centers) into the tree that is optimized, or name the centers with select. Centers "
-            'that are state (centers_as="state") are not optimized: update_centers or a row_optimizer moves '
-            "them."
+            f"{reason}: this model has {_list_paths(path for path, _ in leaves)}. Put the center loss module "
+            "(or the dict from init_centers) into the tree that is optimized, or name the centers with "
+            'select. Centers that are state (centers_as="state") are not optimized: update_centers or a '
+            "row_optimizer moves them."
         )
-    return found
+    return chosen
 
 
 def is_owned(variable: Any) -> bool:

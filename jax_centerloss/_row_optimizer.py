@@ -169,7 +169,7 @@ def _as_state_dtype(value: Any) -> Any:
     if value is None:
         return None
     for dtype in _STATE_DTYPES:
-        if dtype == value:
+        if not isinstance(value, np.ndarray) and dtype == value:
             return dtype
     raise ValueError(
         f"state_dtype must be None or one of {', '.join(map(str, _STATE_DTYPES))}, got {value!r}. float16 is "

@@ -114,7 +114,8 @@ def jit_move(step: Callable[..., Any] | None = None) -> Callable[..., Any]:
         centers, state = held
         samples, scale = _rules.samples_and_scale(centers, batch, rule, after, axis_name)
         if step is None:
-            add = partial(moves.add_sums, by_count=rule is None or rule.name != "gradient")
+            assert rule is not None  # Only a row optimizer moves without one.
+            add = partial(moves.add_sums, by_count=rule.name != "gradient")
             return placement.call_for_platform(add, centers, samples, scale, seed), state
         mesh = placement.mesh_of(centers, samples.classes)
         # On a mesh the devices would communicate once for each block.
