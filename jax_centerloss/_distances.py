@@ -86,6 +86,16 @@ def squared_distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.Pre
     return jnp.where(finite, distances, np.full((), np.nan, distances.dtype))
 
 
+def _num_stripes(size: int, mesh: Any) -> int:
+    """Into how many equal stripes an axis is cut, so that each lies in one shard.
+
+    The number of shards divides the size of the axis and that of the mesh, and so divides their gcd. If the
+    mesh is unknown, the number of devices is used: on a smaller mesh a stripe may span two shards, which
+    costs speed.
+    """
+    return math.gcd(size, jax.device_count() if mesh is None else mesh.size)
+
+
 def map_in_blocks(fn: Callable[..., Any], width: int, mesh: Any, x: jax.Array, *others: jax.Array) -> Any:
     """`fn(x, *others)`, one or more arrays `(..., K)`, in blocks of samples `(...)` if they are many.
 
@@ -98,8 +108,7 @@ def map_in_blocks(fn: Callable[..., Any], width: int, mesh: Any, x: jax.Array, *
     if not known or math.prod(shape) * width <= _BLOCK_ENTRIES:
         return fn(x, *others)
     rank = len(shape)
-    num_devices = jax.device_count() if mesh is None else mesh.size
-    stripes = [math.gcd(size, num_devices) for size in shape]
+    stripes = [_num_stripes(size, mesh) for size in shape]
     lengths = [size // number for size, number in zip(shape, stripes, strict=True)]
     stripes_first = np.arange(2 * rank).reshape(rank, 2).T.reshape(-1)
     length = math.prod(lengths)
@@ -196,11 +205,8 @@ def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
 def _nearest_in_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
     origin = _origin(centers, table.compute_dtype(x, centers))
     # A block takes the same number of classes from each stripe. Stripes are equal, contiguous blocks of
-    # classes, each in one shard, so that each device scans only its own classes. The number of shards divides
-    # C and the size of the mesh, and so divides their gcd. If the mesh is unknown, the number of devices is
-    # used: on a smaller mesh a stripe may span two shards, which costs speed.
-    mesh = placement.mesh_of(centers)
-    stripes = math.gcd(centers.shape[0], jax.device_count() if mesh is None else mesh.size)
+    # classes, each in one shard, so that each device scans only its own classes.
+    stripes = _num_stripes(centers.shape[0], placement.mesh_of(centers))
     length = centers.shape[0] // stripes
     striped = centers.reshape(stripes, length, -1)
     block = min(length, max(1, _CLASS_BLOCK // stripes))

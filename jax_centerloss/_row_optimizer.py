@@ -160,7 +160,8 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
                 "a state in bfloat16 needs a rounding_key: without it, small changes of the state are lost. "
                 + _checks.KEY_ADVICE
             )
-        return _update.move(params, state, given, rule, axis_name, after, key, program=program)
+        moved, state = _update.move(centers, state, given, rule, axis_name, after, key, program=program)
+        return jax.tree.unflatten(jax.tree.structure(params), [moved]), state
 
     return RowOptimizer(init, update, apply_gradients)
 
@@ -168,9 +169,12 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
 def _as_state_dtype(value: Any) -> Any:
     if value is None:
         return None
-    for dtype in _STATE_DTYPES:
-        if not isinstance(value, np.ndarray) and dtype == value:
-            return dtype
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is not None and dtype in _STATE_DTYPES:  # NumPy takes None for float64.
+        return dtype
     raise ValueError(
         f"state_dtype must be None or one of {', '.join(map(str, _STATE_DTYPES))}, got {value!r}. float16 is "
         "not allowed: the squared gradients that Adam keeps often underflow in it."

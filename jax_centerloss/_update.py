@@ -90,9 +90,9 @@ def update_centers(
       Wen et al, A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016
       (https://doi.org/10.1007/978-3-319-46478-7_31).
     """
-    given = x, labels, where, weights
-    moved, _ = move(params, (), given, _rules.as_rule(rule, alpha), axis_name, after, rounding_key)
-    return moved
+    centers, given = _checks.as_table(params), (x, labels, where, weights)
+    moved, _ = move(centers, (), given, _rules.as_rule(rule, alpha), axis_name, after, rounding_key)
+    return jax.tree.unflatten(jax.tree.structure(params), [moved])
 
 
 def _shardings(held: Any, *others: Any) -> Any:
@@ -129,7 +129,7 @@ _move_by_rule = jit_move()
 
 
 def move(
-    params: Any,
+    centers: jax.Array,
     state: Any,
     given: Given,
     rule: Rule | None,
@@ -139,16 +139,15 @@ def move(
     *,
     program: Callable[..., Any] = _move_by_rule,
     stop_gradient: bool = False,
-) -> tuple[Any, Any]:
-    """Moves centers by a rule, or without a rule by the gradients in place of features.
+) -> tuple[jax.Array, Any]:
+    """Moves a checked table of centers by a rule, or without a rule by the gradients in place of features.
 
     `program` is what `jit_move` returns. The state is that of its optimizer; a rule has none, `()`.
     """
-    centers = _checks.as_table(params)
     batch = _batch.as_batch(*given, centers, _batch.FEATURES if rule else _batch.GRADIENTS)
     after = _checks.as_after(after)
     if stop_gradient:
         centers, batch, rule, after = lax.stop_gradient((centers, batch, rule, after))
     seed = rounding.seed_of(_checks.as_rounding_key(rounding_key), centers, state)
-    moved, state = program((centers, state), batch, rule, after, seed, axis_name=axis_name)
-    return jax.tree.unflatten(jax.tree.structure(params), [moved]), state
+    moved: tuple[jax.Array, Any] = program((centers, state), batch, rule, after, seed, axis_name=axis_name)
+    return moved
