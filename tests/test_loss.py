@@ -242,6 +242,7 @@ def test_nearest_center_is_the_argmin(rng, num_classes):
     np.testing.assert_array_equal(jcl.nearest_center(centers, x), (difference**2).sum(-1).argmin(-1))
 
 
+@pytest.mark.usefixtures("for_its_platform")
 @pytest.mark.parametrize("function", [jcl.nearest_center, jcl.center_metrics])
 @pytest.mark.parametrize(("shape", "d", "c"), [((1000, 1000), 16, 1024), ((131_071,), 128, 5000)])
 def test_many_samples_take_memory_for_a_block_of_them(function, shape, d, c, monkeypatch):
