@@ -43,6 +43,7 @@ def as_array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.
 
 def is_numpy_like(value: Any) -> bool:
     """Whether `value` is a NumPy array, or converts to one, and is not a JAX array."""
+    # JAX itself converts a value with `__jax_array__`, such as an `nnx.Param`.
     converts = hasattr(value, "__array__") and not hasattr(value, "__jax_array__")
     return converts and not isinstance(value, jax.Array)
 
@@ -52,7 +53,7 @@ def first_line(error: Exception) -> str:
 
 
 def as_numpy(value: Any) -> np.ndarray[Any, Any]:
-    """`np.asarray`, in the machine's byte order and in a dtype that JAX has."""
+    """`np.asarray` in the machine's byte order. Long double becomes float64; other dtypes stay."""
     try:
         array = np.asarray(value)
     except TypeError:  # A torch tensor in bfloat16, which NumPy does not have, or on another device.

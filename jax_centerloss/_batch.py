@@ -34,6 +34,7 @@ GRADIENTS = Names(
 def as_features(x: ArrayLike, centers: jax.Array, names: Names = FEATURES) -> jax.Array:
     """`x` as an array `(..., D)` of floats, with the D of the centers."""
     advice = names.advice
+    # A tree with one leaf, such as {"centers": array}, is probably the params.
     if not jax.tree_util.all_leaves([x]) and len(jax.tree.leaves(x)) == 1:
         advice += f" If you passed the centers as {names.x}: the order is {names.arguments}."
     x = _arrays.as_array(names.x, x, advice)
@@ -56,7 +57,7 @@ class Batch(NamedTuple):
 
     x: jax.Array  # (..., D)
     labels: jax.Array  # (...), integers of at least 32 bits.
-    # (...), whether `where` selects the sample and its label is not negative. One of weight 0 is used here.
+    # (...), whether `where` selects the sample and its label is not negative. Weights do not count here.
     used: jax.Array
     weights: _checks.Weights  # (...), 0 for an unused sample, NaN for a negative weight.
 
@@ -105,7 +106,7 @@ def _as_class_indices(labels: ArrayLike, x: jax.Array, names: Names) -> jax.Arra
 
 def _class_indices_error(labels: Any, classes: jax.Array, x: jax.Array, names: Names) -> Exception:
     """The error about labels that are no integers, or have another shape, with code that mends them."""
-    # JAX's functions inside of `jit`, and NumPy's for what JAX's do not accept.
+    # The code in the message has to run on what was passed: a JAX array may be traced, a list needs NumPy.
     numpy = "jnp" if isinstance(labels, jax.Array) else "np"
     given = names.labels if isinstance(labels, jax.Array | np.ndarray) else f"np.asarray({names.labels})"
     one_hot = (

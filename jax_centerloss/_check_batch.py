@@ -20,12 +20,12 @@ def check_batch(
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
 ) -> None:
-    """Raises if a batch would make the loss NaN, and names the label and the value.
+    """Raises if a batch would make the loss NaN, and names why. Inside plain `jit` it does nothing.
 
     It looks at used samples for labels `>= C`, weights that are negative, NaN or infinite, features that are
     NaN or infinite, and centers of their classes that are NaN or infinite. Outside of `jit` it raises. Under
-    `checkify`, or Flax's `nnx.checkify` around an NNX step, it adds to the error that checkify returns.
-    Inside plain `jit` it does nothing. It reads O(N·D) numbers, and does not find a distance that overflows
+    `checkify`, or Flax's `nnx.checkify` around an NNX step, it adds to the error that checkify returns. The
+    error names the label and the value. It reads O(N·D) numbers, and does not find a distance that overflows
     float32. Checkify has three limits:
 
     - JAX drops all checks inside a `scan` that is differentiated as a whole: differentiate inside of the

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jax_centerloss import _arrays
 
 Clip = tuple[float, float] | None
-ReduceFn = Callable[..., Any] | None
+ReduceFn = Callable[..., Any] | None  # jnp.mean, jnp.sum or None, and no other function.
 Weights = jax.Array | None  # One number per sample, or None if all count alike.
 
 # The bounds of a squared distance in the PyTorch module github.com/KaiyangZhou/pytorch-center-loss.
@@ -30,7 +30,7 @@ FLOAT_ADVICE = "Centers are floating point: use jnp.float32 or jnp.bfloat16, for
 
 
 def as_after(after: Any) -> Any:
-    """Converts the leaves of `after`, what the program computes from the old centers, to arrays."""
+    """Converts the leaves of `after`, results to compute before centers are overwritten, to arrays."""
     return _arrays.as_arrays("after", after, "Pass the loss, or a tree of what is computed from the centers.")
 
 
@@ -45,7 +45,7 @@ def check_floating(dtype: DTypeLike, name: str, advice: str | None = None) -> No
 def as_table(params: Any, name: str = "params", advice: str = "") -> jax.Array:
     """Returns the one leaf of `params`, and raises unless it is a `(C, D)` table of floats.
 
-    `advice` is what an error adds unless `params` has one leaf.
+    If `params` does not have exactly one leaf, the error ends with `advice`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if len(leaves) != 1:
@@ -136,6 +136,7 @@ def as_clip(clip: Any) -> Clip:
 
 
 def check_reduce_fn(reduce_fn: ReduceFn) -> None:
+    """Raises unless `reduce_fn` is `jnp.mean`, `jnp.sum` or None."""
     if reduce_fn is not None and reduce_fn is not jnp.mean and reduce_fn is not jnp.sum:
         raise ValueError(
             f"reduce_fn must be jnp.mean, jnp.sum or None (per-sample losses), got {reduce_fn!r}. "

@@ -16,7 +16,7 @@ from jax_centerloss import _batch, _checks
 from jax_centerloss._rows import placement, table
 
 _CLASS_BLOCK = 1024  # `nearest_center` scans at most this many classes at a time.
-_BLOCK_ENTRIES = 2**22  # Of blocks of samples: as many distances at most, or one sample of each stripe.
+_BLOCK_ENTRIES = 2**22  # A block of samples has at most so many distances, or one sample of each stripe.
 _SAMPLED_CLASSES = 32  # The origin of features and centers is one of at most this many centers.
 
 
@@ -110,6 +110,7 @@ def map_in_blocks(fn: Callable[..., Any], width: int, mesh: Any, x: jax.Array, *
     rank = len(shape)
     stripes = [_num_stripes(size, mesh) for size in shape]
     lengths = [size // number for size, number in zip(shape, stripes, strict=True)]
+    # The order that brings the axes (stripe 0, length 0, stripe 1, ...) to (stripes, lengths).
     stripes_first = np.arange(2 * rank).reshape(rank, 2).T.reshape(-1)
     length = math.prod(lengths)
     block = max(1, min(length, _BLOCK_ENTRIES // (width * math.prod(stripes))))

@@ -58,7 +58,7 @@ def init_centers(
     _checks.check_floating(dtype, "dtype", _checks.FLOAT_ADVICE)
     shape = _checks.as_shape(num_classes, feat_dim)
 
-    def check(leaf: Any) -> jax.Array:
+    def as_centers(leaf: Any) -> jax.Array:
         centers = _arrays.as_array("what initializer returns", leaf, "Return the (C, D) centers.")
         if centers.shape != shape:
             raise ValueError(f"initializer must return centers of shape {shape}, got {centers.shape}.")
@@ -66,7 +66,7 @@ def init_centers(
 
     def draw(key: jax.Array) -> Any:
         # `nn.with_partitioning` of Linen returns the array in a box, which is a pytree.
-        return jax.tree.map(check, initializer(key, shape, dtype))
+        return jax.tree.map(as_centers, initializer(key, shape, dtype))
 
     if out_sharding is None:
         return {"centers": draw(key)}

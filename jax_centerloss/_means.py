@@ -121,8 +121,8 @@ def _add_samples(state: _State, labels: jax.Array, x: jax.Array, *, platform: st
     # The transpose of the sum by class gives each sample the start of its class.
     (start_of_sample,) = jax.linear_transpose(batch.sum, x)(start)
     sums = batch.sum(x - start_of_sample)
-    # Compensated summation: the exact mean so far is `start + old_remainder`, and `step` moves it by the mean
-    # difference of the new samples from it.
+    # Compensated summation: the exact old mean is `start + old_remainder`. The new one is `start + step`: the
+    # old one, and `share` times the summed differences of the new samples from it.
     old_remainder = jnp.where(is_old, table.read(remainder, batch).astype(x.dtype), jnp.zeros((), x.dtype))
     step = old_remainder + share[:, None] * (sums - new_counts.astype(x.dtype)[:, None] * old_remainder)
     mean = (start + step).astype(means.dtype)

@@ -112,7 +112,8 @@ def with_center_optimizer(
         return optax.partition(chains, lambda _: labels)
 
     def init(params: Any) -> CenterOptimizerState:
-        # `optax.tree.map_params` calls `init` with a placeholder without leaves, which stands for marks too.
+        # `optax.tree.map_params` calls `init` with an object without leaves, which then stands for the marks.
+        # An empty tree is no such object.
         is_tree = jax.tree.leaves(params) or isinstance(params, Mapping | tuple | list | None)
         marks = _marks(params, select) if is_tree else params
         return CenterOptimizerState(marks, split_by(marks).init(params))
@@ -127,8 +128,9 @@ def with_center_optimizer(
 
 
 def _as_weight(weight: Any) -> float | jax.Array:
+    """λ as a number or scalar array. Raises if it is negative or NaN, or still a schedule."""
     lam = _checks.as_scalar("weight", weight, "Pass λ as a number, or as an optax schedule that returns one.")
-    if _arrays.is_concrete(lam) and not np.asarray(lam) >= 0:  # JAX would trace it in `jit`.
+    if _arrays.is_concrete(lam) and not np.asarray(lam) >= 0:  # In `jit`, `jnp` would trace it.
         raise ValueError(f"weight must not be negative or NaN, got {float(lam):g}.")
     return lam
 
@@ -178,9 +180,9 @@ def _marks(params: Any, select: Callable[[Path, Any], bool] | None) -> Any:
 
 
 def _find_centers(leaves: list[tuple[Path, Any]]) -> list[bool]:
-    """Which leaves are centers: Variables that a center loss owns, or the one other leaf with their key.
+    """Which leaves are centers: the Variables of every `nnx.CenterLoss`, or one leaf below a key "centers".
 
-    Raises if there is none, or if a leaf that is known by its key alone is not the only one.
+    Raises if there is none, or if such a leaf, which is no Variable, is not the only one found.
     """
     named = [path for path, _ in leaves if "centers" in path]
     keyed = ["centers" in path and not _is_variable(leaf) for path, leaf in leaves]
@@ -219,6 +221,7 @@ def _is_variable(node: Any) -> bool:
 
 def _content(node: Any) -> Any:
     """The value of a Variable, which is an array or a `MaskedNode`. Any other node is returned as it is."""
+    # A Variable is opened, but not a `MaskedNode` in it, which has no leaves.
     return jax.tree.leaves(node, is_leaf=lambda inner: inner is not node)[0] if _is_variable(node) else node
 
 

@@ -173,7 +173,7 @@ def _as_state_dtype(value: Any) -> Any:
         dtype = jnp.dtype(value)
     except TypeError:
         dtype = None
-    if dtype is not None and dtype in _STATE_DTYPES:  # NumPy takes None for float64.
+    if dtype is not None and dtype in _STATE_DTYPES:  # In NumPy None == float64.
         return dtype
     raise ValueError(
         f"state_dtype must be None or one of {', '.join(map(str, _STATE_DTYPES))}, got {value!r}. float16 is "

@@ -29,7 +29,7 @@ class Rule:
 
 
 def as_rule(name: str, alpha: Any, clip: Clip = _checks.CLIP, reduce_fn: ReduceFn = jnp.mean) -> Rule:
-    """The rule with these arguments, which are checked."""
+    """The rule with these arguments. All are checked but `reduce_fn`, which means a sum or else a mean."""
     _checks.check_choice("rule", name, _checks.RULES)
     rate = jnp.asarray(_checks.as_scalar("alpha", alpha))
     return Rule(name, rate, _checks.as_clip(clip), reduce_fn is jnp.sum)
@@ -51,7 +51,10 @@ def _scale(rule: Rule, denominator: jax.Array, counts: jax.Array) -> jax.Array:
 
 
 def plain_samples(centers: jax.Array, batch: Batch, after: Any, axis_name: AxisName) -> Samples:
-    """The samples of a batch, with its `x` as their values: gradients, or features whose means are wanted."""
+    """The samples of a batch without weights, with its `x` as their values.
+
+    These are gradients, or features whose means are wanted.
+    """
     x, labels, used, _ = batch
     x = x.astype(table.compute_dtype(x, centers))
     classes = table.classes_where(used & (labels < centers.shape[0]), labels.astype(jnp.int32))
@@ -65,9 +68,9 @@ def samples_and_scale(
 ) -> tuple[Samples, ScaleFn]:
     """The samples of a batch, whose values are their weighted differences from the centers, and the scale.
 
-    Without a rule the values are what stands in place of the features: gradients, of scale 1. A distance or
-    weight that is NaN or infinite makes the center NaN, even if the clamp of the loss would cap an infinite
-    distance.
+    Without a rule `batch.x` holds gradients. They are the values themselves, and the scale is 1. A distance
+    or weight that is NaN or infinite makes the center NaN, even if the clamp of the loss would cap an
+    infinite distance.
     """
     if rule is None:
         return plain_samples(centers, batch, after, axis_name), Partial(jnp.ones_like)
@@ -79,8 +82,8 @@ def samples_and_scale(
     distance = _reduce.squared_distance(x, rows, in_range, used)
     denominator = jnp.ones((), rows.dtype)
     if rule.name == "gradient" and not rule.summed:
-        # Only N is needed. It is computed beside the sum of losses, as in the loss, so that without weights
-        # XLA computes both once.
+        # N comes from the same call as in the loss, although the sum of losses is not used: XLA then computes
+        # it once for loss and update, unless there are weights.
         losses = _loss.sample_losses(x, rows, in_range, used, clip=rule.clip, num_classes=centers.shape[0])
         _, denominator = _reduce.total_and_number(losses, used, weights, axis_name, counted=used & in_range)
     used = used & in_range

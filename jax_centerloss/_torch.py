@@ -48,7 +48,7 @@ def from_torch(source: Source | Any, *, key: str = "centers") -> dict[str, jax.A
         source = _load(os.fspath(source), key)
     if isinstance(source, Mapping):
         tensors = _flatten(source)
-        contents = f"; the state dict holds: {_list_tensors(tensors)}."
+        ending = f"; the state dict holds: {_list_tensors(tensors)}."
         if key not in tensors:
             alike = [name for name in tensors if name.split(".")[-1] == key.split(".")[-1]]
             advice = f", perhaps `key={alike[0]!r}`" if alike else ""
@@ -58,21 +58,21 @@ def from_torch(source: Source | Any, *, key: str = "centers") -> dict[str, jax.A
             )
         name, tensor = repr(key), tensors[key]
     else:
-        name, tensor, contents = "source", source, "."
+        name, tensor, ending = "source", source, "."
     _arrays.check_plain(name, tensor)
     try:
         array = _copy(tensor)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         if tensor is source:
-            contents = (
+            ending = (
                 ", a mapping such as `module.state_dict()` or the path of a file, got "
                 f"{type(source).__name__}."
             )
-        raise TypeError(f"{name} must be a tensor{contents}") from error
+        raise TypeError(f"{name} must be a tensor{ending}") from error
     if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"{name} must have shape (C, D), got {array.shape}{contents}")
+        raise ValueError(f"{name} must have shape (C, D), got {array.shape}{ending}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating point, got {array.dtype.name}{contents}")
+        raise TypeError(f"{name} must be floating point, got {array.dtype.name}{ending}")
     return {"centers": jnp.asarray(array)}
 
 

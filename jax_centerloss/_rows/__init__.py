@@ -3,7 +3,7 @@
 Nothing here imports from the rest of the package.
 
 `moves` updates the rows of a batch's classes: by adding its samples, or by an optax transformation.
-`transform` makes a step of that on some rows, and `separability` finds out whether it allows one.
-`table` reads and writes rows, `rounding` rounds them, `groups` sums samples by class, and `placement` knows
-meshes and platforms.
+`transform` applies such a transformation to some rows alone, and `separability` tries whether that gives the
+same as applying it to the whole table. `table` reads and writes rows, `rounding` rounds them, `groups` sums
+samples by class, and `placement` knows meshes and platforms.
 """

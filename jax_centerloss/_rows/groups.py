@@ -34,8 +34,8 @@ class Groups(NamedTuple):
     # no meaning. Elsewhere `kept (N,)`, if given, selects samples, `block=(first, size)` returns the sums of
     # the slots `first` to `first + size - 1` only, and values may be `(N,)`.
     sum: Callable[..., jax.Array]
-    # Whether slot j is class j, and rows are read and written as a whole table. On a GPU they are indexed,
-    # which takes fewer kernels.
+    # Whether the whole table is read and written at once, since slot j is class j. Always False on a GPU,
+    # where it takes fewer kernels to index rows.
     whole_table: bool
 
 
@@ -61,13 +61,13 @@ def group(labels: jax.Array, num_classes: int, platform: str) -> Groups:
 
 
 def count_class_of_sample(
-    labels: jax.Array, counted: jax.Array, num_classes: int, many_classes: int
+    labels: jax.Array, counted: jax.Array, num_classes: int, classes_per_sample: int
 ) -> jax.Array:
     """For each sample the sum of `counted (N,)` over its class, `(N,)`; 0 without a class. Fast on a CPU.
 
-    If C <= `many_classes` * N, it is summed in an array with an entry for every class, else by hashing.
+    If C <= `classes_per_sample` * N, it is summed in an array with an entry for every class, else by hashing.
     """
-    by_class = known_at_most(num_classes, many_classes * labels.size)
+    by_class = known_at_most(num_classes, classes_per_sample * labels.size)
     slots = labels if by_class else _slot_of_sample(labels, "cpu")
     counts = _sum_by_scattering(num_classes if by_class else labels.size, slots, counted)
     return counts.at[slots].get(mode="fill", fill_value=0)
@@ -83,6 +83,7 @@ def _sum_by_scattering(
 ) -> jax.Array:
     first, size = (0, num_slots) if block is None else block
     slots = slots if kept is None else jnp.where(kept, slots, NO_SLOT)
+    # It drops slots that are negative or beyond the block.
     return jax.ops.segment_sum(values, slots - first, size)
 
 

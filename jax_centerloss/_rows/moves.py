@@ -13,7 +13,7 @@ from jax_centerloss._rows.groups import NO_CLASS, Groups
 from jax_centerloss._rows.rounding import Seed
 
 _BLOCK_ENTRIES = 2**17  # The sums of a block of slots have so many entries, which fit the cache of a CPU.
-_MANY_CLASSES = 16  # With more classes for each sample, samples are counted by hashing.
+_CLASSES_PER_SAMPLE = 16  # With more classes for each sample, samples are counted by hashing.
 
 ScaleFn = Callable[[jax.Array], jax.Array]  # From the counts of classes to the factors of their sums.
 Moved = tuple[jax.Array, Any]  # A table of rows, and the state of an optimizer of them.
@@ -40,18 +40,18 @@ def add_sums(
     `by_count` is False if `scale` uses a count only to pass on NaN.
     """
     # The sum comes first if classes are few or rows are in half precision: each addition to a row is rounded,
-    # and hundreds of samples may meet in one. So it does on a GPU, whose order of additions differs from run
-    # to run, and on a TPU if samples have to be counted, which is slow there.
+    # and hundreds of samples may meet in one. The sum also comes first on a GPU, whose order of additions
+    # differs from run to run, and on a TPU if samples have to be counted, which is slow there.
+    # C <= N, or not known:
     few_classes = not groups.known_at_most(samples.classes.shape[0] + 1, rows.shape[0])
     sums_first = platform == "gpu" or (platform == "tpu" and by_count) or rows.dtype != samples.values.dtype
     if few_classes or sums_first:
         return move_rows(rows, (), samples, scale, seed, platform=platform)[0]
     classes, values, counts = samples.classes, samples.values, samples.counted
     if by_count:
-        # An array with an entry for every class pays while it is small: at most so many entries a sample, and
-        # no more than there are values.
-        many_classes = min(_MANY_CLASSES, rows.shape[1])
-        counts = groups.count_class_of_sample(classes, counts, rows.shape[0], many_classes)
+        # An array with an entry for every class pays while it is small, and no larger than the values.
+        most = min(_CLASSES_PER_SAMPLE, rows.shape[1])
+        counts = groups.count_class_of_sample(classes, counts, rows.shape[0], most)
     factor = scale(counts)
     if samples.kept is not None:
         factor = jnp.where(samples.kept | jnp.isnan(factor), factor, jnp.zeros((), factor.dtype))

@@ -138,11 +138,11 @@ def replicate(array: jax.Array, mesh: AbstractMesh | None) -> jax.Array:
 
 
 def _replicate_on_unknown_mesh(array: jax.Array) -> jax.Array:
-    """Replicates `array` if no mesh is known although there are several devices.
+    """Replicates `array` on all devices by a gather, without naming a mesh.
 
-    That happens in `jax.jit(..., in_shardings=...)`, for example. XLA replicates the result of a gather at
-    replicated indices, so `array` is gathered at the indices 0, 1, 2, ... The barrier hides these numbers
-    from XLA, since it would remove such a gather.
+    The mesh is unknown in `jax.jit(..., in_shardings=...)`, for example. XLA replicates the result of a
+    gather at replicated indices, so `array` is gathered at the indices 0, 1, 2, ... The barrier hides these
+    numbers from XLA, since it would remove such a gather.
     """
     hidden_zero = lax.optimization_barrier(jnp.zeros((), jnp.int32))
     identity = jnp.arange(array.shape[0], dtype=jnp.int32) + hidden_zero
@@ -154,8 +154,8 @@ def whole_batch(
 ) -> tuple[jax.Array, ...]:
     """Flattens the sample axes, those of `labels`, gathers them over `axis_name`, and replicates on the mesh.
 
-    Returns the labels first. If the mesh is unknown, only arrays with one number per sample are replicated:
-    the others XLA replicates itself, where they are scattered at replicated indices.
+    Returns the labels first. If the mesh is unknown, only labels and other arrays with one number per sample
+    are replicated: XLA replicates values itself if the indices at which it scatters them are replicated.
     """
     ndim = labels.ndim
     arrays = (labels, *arrays)
@@ -169,8 +169,8 @@ def _all_gather(array: jax.Array, axis_name: AxisName) -> jax.Array:
     """`lax.all_gather`, written as a `psum` of disjoint parts.
 
     If the moved table is returned with `out_specs` that do not name the axis, `shard_map` has to know that it
-    is the same on each device. It knows that of the result of a `psum`. Of that of `lax.all_gather` it does
-    only with `to=`, which JAX 0.7 does not have.
+    is the same on each device. `shard_map` knows this of what `psum` returns. Of what `lax.all_gather`
+    returns it knows this only with `to=`, which JAX 0.7 does not have.
     """
     parts = jnp.zeros((lax.psum(1, axis_name), *array.shape), array.dtype)
     gathered: jax.Array = lax.psum(parts.at[lax.axis_index(axis_name)].set(array), axis_name)

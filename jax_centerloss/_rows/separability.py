@@ -28,11 +28,11 @@ _ACCUMULATES = (optax.MultiStepsState, optax.ApplyEvery, optax.contrib.SAMState,
 
 
 def find_separability(tx: GradientTransformation) -> tuple[str | None, bool]:
-    """Compares steps of `tx` on some rows of a small table with dense steps.
+    """Why `tx` is not row-separable, or None if it is, and whether a batch can be updated in blocks.
 
-    Returns why `tx` is not row-separable, None if it is, and whether a batch can be updated in blocks, since
-    no row depends on another. Each step is also tried with NaN in a gradient, which the user's
-    `jax_debug_nans` should not report.
+    It can be if no row depends on another. Steps of `tx` on some rows of a small table are compared with
+    dense steps. Each step is also tried with NaN in a gradient, which the user's `jax_debug_nans` should not
+    report.
     """
     with (
         jax.ensure_compile_time_eval(),

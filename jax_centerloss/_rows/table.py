@@ -63,9 +63,9 @@ def _gather_tangent(
     """`tangent[index]`, with the sharding of `rows`. JAX transposes it to get the backward pass.
 
     The backward pass has to (1) replicate the gradients of samples, (2) on a GPU sum them by class, and (3)
-    add them to rows of one table of zeros, not of one for each shard. This is that pass written backwards: a
-    gather, whose transpose is (3), then the transpose of `sum_gradients`, which does (1) and (2). The whole
-    of it can't be transposed by `jax.linear_transpose` on every mesh.
+    add them to rows of one table of zeros, not of one for each shard. So the steps are written here in
+    reverse: a gather, which JAX transposes to (3), then the transpose of a function that does (1) and (2). A
+    function that does all three steps can't be transposed on every mesh.
     """
     flat = index.reshape(-1)
     if platform == "gpu":
@@ -77,13 +77,13 @@ def _gather_tangent(
         out = placement.sharding_of(index[..., None], tangent)
         class_rows = tangent.at[index].get(mode="promise_in_bounds", out_sharding=out)
 
-    def sum_gradients(gradients: jax.Array) -> jax.Array:
+    def replicate_and_sum(gradients: jax.Array) -> jax.Array:
         gradients = placement.replicate(gradients, mesh)
         if platform != "gpu":
             return gradients
         return by_class.sum(gradients.reshape(-1, gradients.shape[-1]))
 
-    (gathered,) = jax.linear_transpose(sum_gradients, rows)(class_rows)
+    (gathered,) = jax.linear_transpose(replicate_and_sum, rows)(class_rows)
     return gathered
 
 

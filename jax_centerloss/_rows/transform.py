@@ -34,16 +34,14 @@ def init_state(
 
 
 def place_state(state: Any, rows: jax.Array) -> Any:
-    """Gives an initial state the placement that it has after the first step, in arrays of its own.
+    """Gives an initial state the placement that it has after the first step, and copies shared arrays.
 
-    A copy keeps the placement of its original.
-
-    Otherwise the second step would be compiled again, or a donated array would stand in it twice.
+    Without this the second step would be compiled again, or fail since a donated array stands in it twice.
     """
     seen = {id(rows)}
 
     def place(leaf: Any) -> Any:
-        # Some states hold the table itself, or one array twice. For donation it has to be copied.
+        # Some states hold the table itself, or one array twice. A copy keeps the placement of its original.
         is_shared = id(leaf) in seen
         seen.add(id(leaf))
         return jnp.copy(leaf) if is_shared else _place_leaf(leaf, rows)
