@@ -3,7 +3,9 @@
 A "NumPy-like" value is an array of NumPy or of another library that converts to one, such as a torch tensor.
 """
 
+import contextlib
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,15 +70,21 @@ def as_numpy(value: Any) -> np.ndarray[Any, Any]:
 def check_plain(name: str, value: Any) -> None:
     """Raises for an array, or a list with one, whose mask or unit `np.asarray` would drop."""
     for leaf in jax.tree.leaves(value) if isinstance(value, list | tuple) else [value]:
-        if isinstance(leaf, np.ma.MaskedArray):
+        array = leaf
+        if is_numpy_like(leaf) and not isinstance(leaf, np.ndarray):
+            with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+                array = np.asanyarray(leaf)  # Some arrays show their mask here only.
+        if isinstance(array, np.ndarray) and hasattr(array, "mask"):
             advice = "Pass plain numbers."
-            if name in _FILLED:
+            if name in _FILLED and array is value:
                 advice = f"`{name}{_FILLED[name]}` leaves masked samples out."
-            elif name in ("x", "gradients"):
-                with_where = f"`{name}.filled(0)` with `where=~np.ma.getmaskarray({name}).any(-1)`"
-                advice = f"{with_where} leaves masked samples out."
+            elif name in ("x", "gradients") and array is value:
+                with_where = f"with `where=~np.ma.getmaskarray({name}).any(-1)`"
+                advice = f"`{name}.filled(0)` leaves masked samples out {with_where}, if there is a `where`."
             raise TypeError(f"{name} must not be a masked array, of which JAX would drop the mask. {advice}")
-        if any(hasattr(type(leaf), attribute) for attribute in ("unit", "units")):
+        # Of other objects only the type is asked: a pandas Series may have an entry of that name.
+        holder = leaf if isinstance(leaf, np.ndarray) else type(leaf)
+        if hasattr(holder, "unit") or hasattr(holder, "units"):
             raise TypeError(
                 f"{name} must be plain numbers, got {type(leaf).__name__}, whose unit would be dropped. Pass "
                 "the numbers in one unit for features and centers."

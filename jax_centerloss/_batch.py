@@ -137,12 +137,10 @@ def _class_indices_error(labels: Any, classes: jax.Array, x: jax.Array, names: N
 
 def as_weights(weights: ArrayLike, x: jax.Array, num_classes: int) -> jax.Array:
     """`weights` in float32 or float64, one per sample."""
-    if _arrays.is_numpy_like(weights):
-        _arrays.check_plain("weights", weights)  # `as_numpy` would drop a mask.
-        numbers = _arrays.as_numpy(weights)
-        if numbers.dtype.kind in "iu":
-            weights = numbers.astype(np.float64)  # `as_array` may clip integers to 32 bits.
     given = _arrays.as_array("weights", weights, "Pass numbers, one for each label.")
+    if _arrays.is_numpy_like(weights) and jnp.issubdtype(given.dtype, jnp.integer):
+        # `as_array` may have clipped integers to 32 bits.
+        given = jnp.asarray(_arrays.as_numpy(weights).astype(np.float64))
     if not (jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)):
         raise TypeError(f"weights must be real numbers, got {given.dtype.name}. A mask goes into `where`.")
     dtype = jnp.float64 if given.dtype == jnp.float64 else jnp.float32

@@ -36,7 +36,7 @@ class CenterOptimizerState(NamedTuple):
 class DividedState(NamedTuple):
     """The number of updates so far, and the state of the optimizer that gets the divided gradient."""
 
-    step: jax.Array
+    center_step: jax.Array
     inner: Any
 
 
@@ -58,17 +58,17 @@ def with_center_optimizer(
     `weight=lam` divides by `lam`, so that the learning rate of the centers does not depend on it. Without
     `weight`, SGD moves the centers `lam` times as far. If `lam` is a schedule, the loss and this
     transformation have to take it at the same step. In the loss, use the step that this transformation
-    counts: `lam(optax.tree_utils.tree_get(opt_state, "step"))`. Other counters, such as `optimizer.step` or
-    that of a `TrainState`, count calls: under `optax.MultiSteps` or `optax.apply_if_finite`, or with a new
-    optimizer, they run ahead. Chain the clipping of gradients into `tx`: around this transformation, the norm
-    would include the gradient of the centers.
+    counts: `lam(optax.tree_utils.tree_get(opt_state, "center_step"))`. Other counters, such as
+    `optimizer.step` or that of a `TrainState`, count calls: under `optax.MultiSteps` or
+    `optax.apply_if_finite`, or with a new optimizer, they run ahead. Chain the clipping of gradients into
+    `tx`: around this transformation, the norm would include the gradient of the centers.
 
     Args:
       tx: the model's optimizer.
       centers: the centers' optimizer; `optax.sgd(0.5)` by default.
       weight: the weight `lam` of the center loss, by which the gradient of the centers is divided: a number,
-        or an optax schedule of the number of updates so far, which the state holds as `"step"`. While it is
-        0, the centers and the state of their optimizer do not change. By default nothing is divided.
+        or an optax schedule of the number of updates so far, which the state holds as `"center_step"`. While
+        it is 0, the centers and the state of their optimizer do not change. By default nothing is divided.
       select: `select(path, leaf)` returns whether a leaf holds centers. `path` is the tuple of the keys,
         attribute names and indices that lead to the leaf, such as `("loss", "centers")`. Only `init` calls
         it.
@@ -147,7 +147,7 @@ def _divide_out(
     def update(
         updates: Any, state: DividedState, params: Any = None, **extra: Any
     ) -> tuple[Any, DividedState]:
-        lam = jnp.asarray(_as_weight(weight(state.step) if callable(weight) else weight))
+        lam = jnp.asarray(_as_weight(weight(state.center_step) if callable(weight) else weight))
         is_zero = lam == 0
 
         def divide(gradient: jax.Array) -> jax.Array:
@@ -159,7 +159,7 @@ def _divide_out(
         new_updates, inner = tx.update(jax.tree.map(divide, updates), state.inner, params, **extra)
         new_updates = jax.tree.map(lambda u: jnp.where(is_zero, jnp.zeros_like(u), u), new_updates)
         inner = jax.tree.map(lambda new, old: jnp.where(is_zero, old, new), inner, state.inner)
-        return new_updates, DividedState(optax.safe_increment(state.step), inner)
+        return new_updates, DividedState(optax.safe_increment(state.center_step), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

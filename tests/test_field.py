@@ -871,9 +871,26 @@ def test_large_rates_of_the_gradient_rule_run_off_and_the_papers_does_not():
 
 
 class Metres(np.ndarray):
-    """As an array of astropy, pint or unyt: numbers with a unit, of which np.asarray keeps the numbers."""
+    """As an array of astropy or pint: numbers with a unit, of which np.asarray keeps the numbers."""
 
     unit = "m"
+
+
+class Measured(np.ndarray):
+    """As an array of unyt, each of which has a unit of its own."""
+
+    def __array_finalize__(self, other):
+        self.units = "m"
+
+
+class Variable:
+    """As a variable of netCDF4, which becomes a masked array."""
+
+    def __init__(self, values):
+        self.values = np.ma.masked_array(values, mask=np.zeros_like(values, bool))
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
 
 
 CENTERS = np.zeros((4, 2), np.float32)
@@ -894,7 +911,7 @@ FUNCTIONS = {
 def test_a_mask_or_a_unit_is_never_dropped(name):
     # numpy.ma keeps what np.asarray drops: JAX refuses such arrays, and so does every function here.
     for index in range(3):
-        for kind in (lambda a: np.ma.masked_array(a, mask=np.zeros_like(a, bool)), lambda a: a.view(Metres)):
+        for kind in (np.ma.masked_array, Variable, lambda a: a.view(Metres), lambda a: a.view(Measured)):
             given = [CENTERS, POINTS, OWN]
             if index == 2 and name in ("distance_map", "nearest_center"):
                 continue
@@ -1176,7 +1193,7 @@ def test_lambda_at_the_step_of_its_divisor(wrapped):
 
     @nnx.jit
     def step(module, optimizer, scale):
-        weight = lam(optax.tree_utils.tree_get(optimizer.opt_state, "step")[...])
+        weight = lam(optax.tree_utils.tree_get(optimizer.opt_state, "center_step")[...])
         grads = nnx.grad(lambda m: scale * weight * m(x, labels))(module)
         optimizer.update(module, grads)
 
