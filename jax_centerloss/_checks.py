@@ -57,8 +57,13 @@ def as_table(params: Any, name: str = "params", advice: str = "") -> jax.Array:
             '`variables["params"]["<module>"]` (`variables["centers"]["<module>"]` if centers are state).'
             f"{advice}"
         )
+    leaf = leaves[0][1]
+    if hasattr(
+        getattr(leaf, "aval", None), "inner_aval"
+    ):  # A `jax.Ref`, as in `nnx.vars_as(model, ref=True)`.
+        leaf = leaf[...]
     mend = 'Pass the (C, D) centers. A Linen module holds none: pass its `variables["params"]`.'
-    centers = _arrays.as_array(f"the leaf of {name}", leaves[0][1], mend)
+    centers = _arrays.as_array(f"the leaf of {name}", leaf, mend)
     if centers.ndim != 2 or 0 in centers.shape:
         shown = "centers" if name == "params" else name
         raise ValueError(

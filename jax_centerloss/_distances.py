@@ -75,6 +75,10 @@ def squared_distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.Pre
     """`distance_map` of checked arguments."""
     origin = _origin(centers, table.compute_dtype(x, centers))
     x, centers = _subtract(x, origin), _subtract(centers, origin)
+    finite_x, finite_centers = _all_finite(x), _all_finite(centers)
+    # Set to 0, so that a column that is NaN adds no NaN to the gradient of the others.
+    x = jnp.where(finite_x[..., None], x, jnp.zeros((), x.dtype))
+    centers = jnp.where(finite_centers[:, None], centers, jnp.zeros((), x.dtype))
     cross = jnp.einsum("...d,cd->...c", x, centers, precision=precision)
     leading = (1,) * (x.ndim - 1)
     distances = (
@@ -82,7 +86,7 @@ def squared_distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.Pre
     )
     # Rounding can make a distance negative. NaN is not below 0, and stays.
     distances = jnp.where(distances < 0, jnp.zeros((), distances.dtype), distances)
-    finite = _all_finite(x)[..., None] & _all_finite(centers).reshape(*leading, -1)
+    finite = finite_x[..., None] & finite_centers.reshape(*leading, -1)
     return jnp.where(finite, distances, np.full((), np.nan, distances.dtype))
 
 

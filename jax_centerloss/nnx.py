@@ -59,7 +59,8 @@ class CenterLoss(nnx.Module):
       reduce_fn: see `jax_centerloss.center_loss`.
       axis_name: see `jax_centerloss.center_loss`.
       param_dtype: dtype of the centers. With bfloat16 pass a `rounding_key` to `update_centers`.
-      centers_init: returns the `(C, D)` initial centers; N(0, 1) by default.
+      centers_init: returns the `(C, D)` initial centers; N(0, 1) by default. `nnx.with_partitioning` of an
+        initializer is accepted too, but draws the whole table before it is sharded.
       centers_as: `"param"`, an `nnx.Param` that the optimizer moves, or `"state"`, a `Centers` variable that
         `update_centers` or a `jax_centerloss.row_optimizer` moves. It is no parameter, and has a gradient
         only for `nnx.grad` with `argnums=nnx.DiffState(0, Centers)`.
@@ -114,10 +115,19 @@ class CenterLoss(nnx.Module):
         self.axis_name = axis_name
         if type(out_sharding) is tuple:
             out_sharding = PartitionSpec(*out_sharding)
-        draw = partial(_init.init_centers, initializer=centers_init, dtype=param_dtype)
-        drawn = draw(rngs.params(), num_classes, feat_dim, out_sharding=_map_logical_axes(out_sharding))
-        kind = nnx.Param if centers_as == "param" else Centers
         metadata: dict[str, Any] = OWNER | _sharding_metadata(out_sharding)
+
+        def initializer(*args: Any) -> Any:
+            centers = centers_init(*args)
+            if isinstance(centers, nnx.VariableMetadata):  # Of `nnx.with_partitioning`.
+                metadata.update(centers.metadata)
+                return centers.raw_value
+            return centers
+
+        options: dict[str, Any] = {"initializer": initializer, "dtype": param_dtype}
+        sharding = _map_logical_axes(out_sharding)
+        drawn = _init.init_centers(rngs.params(), num_classes, feat_dim, out_sharding=sharding, **options)
+        kind = nnx.Param if centers_as == "param" else Centers
         self.centers = kind(drawn["centers"], **metadata)
 
     def __setattr__(self, name: str, value: Any) -> None:

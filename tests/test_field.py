@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -1139,8 +1140,13 @@ def test_logical_names_of_axes():
     # AI-Hypercomputer/maxtext issue 4205: names of axes that rules map to a mesh.
     with jax.set_mesh(jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))):
         with nnx.logical_axis_rules([("classes", "model"), ("embed", None)]):
-            for names in (P("classes", "embed"), ("classes", "embed")):
-                module = jcl.nnx.CenterLoss(16, 4, out_sharding=names, rngs=nnx.Rngs(0))
+            boxed = nnx.with_partitioning(jax.nn.initializers.normal(1.0), ("classes", "embed"))
+            for option in (
+                {"out_sharding": P("classes", "embed")},
+                {"out_sharding": ("classes", "embed")},
+                {"centers_init": boxed},
+            ):
+                module = jcl.nnx.CenterLoss(16, 4, **option, rngs=nnx.Rngs(0))
                 assert module.centers[...].addressable_shards[0].data.shape == (2, 4)
                 specs = nnx.get_partition_spec(nnx.state(module))
                 assert jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, P))[0] == P("model", None)
@@ -1164,6 +1170,11 @@ def test_variables_that_are_references(jit, rng):
     x = rng.normal(size=(3, 2)).astype(np.float32)
     np.testing.assert_allclose(jit(step)(module, x, OWN), step(usual, x, OWN), rtol=1e-6)
     np.testing.assert_allclose(module.centers[...], usual.centers[...], rtol=1e-6)
+    for function in (jcl.center_loss, jcl.update_centers, jcl.center_metrics):
+        got, want = (jit(function)(m, x, OWN) for m in (module, usual))
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-6), jax.tree.leaves(got), jax.tree.leaves(want)
+        )
 
 
 # A checkpoint is loaded as load_state_dict does; λ and its divisor count the same steps.

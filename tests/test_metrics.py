@@ -98,8 +98,17 @@ def test_broken_values_show():
 def test_centers_far_away_that_are_no_numbers_leave_the_others_alone():
     centers, x, labels, previous = draw(60)
     want = oracle(centers[:30], x, labels, previous)
-    centers[30:] = np.nan
-    assert_metrics(jcl.center_metrics(centers, x, labels, previous=previous), want)
+    padded = np.where(np.arange(60)[:, None] < 30, centers, np.nan)
+    assert_metrics(jcl.center_metrics(padded, x, labels, previous=previous), want)
+    # And so do their gradients, here by a distance map of the real classes, too.
+    functions = (
+        lambda table, x: jcl.center_metrics(table, x, labels)["gap"],
+        lambda table, x: jnp.sum(jcl.distance_map(table, x)[..., :30]),
+    )
+    for function in functions:
+        got, want = (jax.grad(function, (0, 1))(table, x) for table in (padded, centers[:30]))
+        for one, other in zip((got[0][:30], got[1]), want, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * np.max(np.abs(other)))
 
 
 def test_previous_of_another_table_is_refused():
