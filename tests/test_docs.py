@@ -1,9 +1,14 @@
 """Every page's Python runs, block after block, as a reader would run it, and does what the page says."""
 
+import ast
+import contextlib
 import itertools
+import math
 import re
 import sys
+import textwrap
 import types
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,6 +19,8 @@ import peers
 import pytest
 import reference as ref
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_centerloss
 
@@ -245,3 +252,262 @@ def test_a_schedule_of_the_weight_is_that_of_the_loss():
     state = nnx.to_pure_dict(nnx.state(space["optimizer"]))
     counts = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.int32 or leaf.dtype == jnp.uint32]
     assert {int(count) for count in counts} == {3}
+
+
+DIGITS = "import jax.numpy as jnp; images, labels = some(64, 64), jnp.arange(64) % 10"
+# What a reader does with the functions of a block, page by page, after the block that has the words.
+USES = {
+    "README": {"def train_step": f"{DIGITS}; loss = train_step(model, optimizer, images, labels)"},
+    "coming_from": {
+        "train_test_split": f"{DIGITS}; loss = step(model, optimizer, images, labels)",
+        "hard_triplet": """
+            images, labels = some(16, 256), jnp.arange(16) // 4
+            loss = step(model, optimizer, images, labels)
+        """,
+        "def literal": """
+            grads = jax.tree.map(jax.numpy.ones_like, params)
+            moved = jax.jit(literal)(grads, params, state_model, state_centers)
+        """,
+        "facenet": "found = jax.jit(facenet_center_loss)(jnp.zeros((8, 4)), some(8, 4), jnp.arange(8))",
+    },
+    "getting_started": {
+        "class Model": f"{DIGITS}; loss = step(model, optimizer, images, labels)",
+        "class Net": f"{DIGITS}; params, opt_state, loss = step(params, opt_state, images, labels)",
+        "def dense": f"{DIGITS}; params, opt_state, loss = step(params, opt_state, images, labels)",
+        "def loss_fn(params, x, logits": """
+            params = jax_centerloss.init_centers(jax.random.key(0), 8, 4)
+            x, logits, labels = some(8, 4, 4), some(8, 4, 8), jnp.arange(32).reshape(8, 4) % 9 - 1
+            found = jax.jit(jax.value_and_grad(loss_fn, (0, 1, 2)))(params, x, logits, labels)
+        """,
+    },
+    "moving_centers": {
+        "def train_step": f"{DIGITS}; loss = train_step(model, optimizer, images, labels)",
+        "def rows_step": """
+            images, labels = some(64, 64), jnp.arange(64) * 3
+            weights, opt_state, centers, row_state, loss = rows_step(
+                weights, opt_state, centers, row_state, images, labels
+            )
+        """,
+        "def embed_step": """
+            words, targets = jnp.arange(64).reshape(16, 4), some(16, 32)
+            embedding, row_state, loss = embed_step(embedding, row_state, words, targets)
+        """,
+        "def nnx_step": f"{DIGITS}; loss = nnx_step(model, optimizer, images, labels)",
+        "def linen_step": f"{DIGITS}; moved = linen_step(params, opt_state, centers, images, labels)",
+    },
+    "recipes": {
+        "def euclidean": """
+            centers, x, labels = some(8, 4), some(24, 4) + 1.0, jnp.arange(24) % 5
+            losses = mean_per_class, euclidean, cosine
+            found = [jax.jit(jax.value_and_grad(loss, (0, 1)))(centers, x, labels) for loss in losses]
+            within = jax.jit(jax.value_and_grad(up_to_a_radius, (0, 1)))(centers, x, labels, 0.5)
+        """,
+        "def every_row": """
+            state, row_state = solver.init(centers), rows.init(centers)
+            dense = jax.jit(every_row)(centers, state, x, labels)
+            by_rows = jax.jit(touched_rows)(centers, row_state, x, labels)
+        """,
+    },
+    "troubleshooting": {
+        "def moved": "texts = moved(left_in), moved(divided_out)",
+        "def careful": "moved, loss = careful(jnp.zeros((8, 2)), some(16, 2), jnp.arange(16) % 7)",
+    },
+    "variants": {
+        "def cosine_loss": "of_cosine = graded(cosine_loss)(centers, x, labels)",
+        "def ws_dan": """
+            of_ws_dan = graded(ws_dan_loss)(centers, x, labels)
+            ws_dan_moved = jax.jit(ws_dan_update)(centers, x, labels)
+        """,
+        "def dacl": """
+            attention = jnp.abs(some(8, 3))
+            of_dacl = graded(dacl_loss, (0, 1, 3))(centers, x, labels, attention)
+            dacl_moved = jax.jit(dacl_update)(centers, x, labels, attention)
+        """,
+        "def twice": """
+            other_labels, shares = labels[::-1], jnp.arange(8) / 8
+            of_mixup = graded(mixup_loss)(centers, x, labels, other_labels, shares)
+            mixup_moved = jax.jit(mixup_update)(centers, x, labels, other_labels, 0.3)
+        """,
+        "def pairs": """
+            several = jax.jit(pairs, static_argnums=2)(x, jnp.arange(40).reshape(8, 5) % 3 == 0, 2)
+            of_several = graded(three_c_net_loss)(centers, *several)
+        """,
+        "def radius_loss": "of_radius = graded(radius_loss)(centers, x, labels, 1.0)",
+        "def outlier_score": "scores = jax.jit(outlier_score)(centers, x)",
+        "def single_center": "of_single = graded(single_center_loss)(centers[:1], x, labels % 2)",
+        "def contrastive": "of_contrastive = graded(contrastive_center_loss)(centers, x, labels)",
+        "def triplet": "of_triplet = graded(triplet_center_loss)(centers, x, labels)",
+        "def island": "of_island = graded(island_loss)(centers, x, labels, 0.3)",
+        "def oltr": """
+            loss, (gradient, _) = graded(oltr_loss)(centers, x, labels)
+            oltr_moved = jax.jit(oltr_update)(centers, gradient, x, labels, 0.1)
+        """,
+        "def prototypical": """
+            query, query_labels = x + 0.5, labels[::-1]
+            prototypes_of = partial(prototypical_loss, num_classes=5)
+            of_prototypes = graded(prototypes_of, (0, 2))(x, labels, query, query_labels)
+        """,
+        "def hetero": """
+            hetero_of = partial(hetero_center_loss, num_classes=5)
+            of_hetero = graded(hetero_of, (0, 2))(x, labels, query, query_labels)
+        """,
+        "def add_micro": """
+            carried = jnp.zeros((8, 3)), jnp.zeros(8)
+            carried = jax.jit(add_micro_batch)(carried, x, labels)
+            by_sums = jax.jit(update_by_sums)(some(8, 3), carried)
+        """,
+        "def fixed_loss": "of_fixed = graded(fixed_loss)(centers, x, labels)",
+    },
+}
+# The statements, by words of theirs, that are not run with what is split over a mesh, and why.
+ALONE = {
+    "print(": "it shows numbers of one device",
+    "moved = {rule:": "it reads single numbers of split centers, which JAX refuses on Explicit axes",
+    "naive =": "it takes micro-batches out of an array that is split over them",
+}
+# Pages that are not run on a mesh, or on Auto axes only, and why.
+UNSPLIT = {
+    "export": "its program is exported for one device",
+    "other_frameworks": "Keras and kauldron place arrays themselves",
+}
+AUTO_ONLY = {"reading_lines": "optax.ctc_loss and nnx.RNN refuse a batch that is split over Explicit axes"}
+WITH_MESHES = {"many_devices"}  # Their arrays lie on meshes of their own.
+README = DOCS.parent / "README.md"
+SPLIT = [page for page in (README, *PAGES, DOCS / "accelerators.md") if page.stem not in UNSPLIT]
+SPLIT = [page for page in SPLIT if fences(page.read_text(encoding="utf-8"), "python")]
+
+
+def some(*shape):
+    return jax.random.normal(jax.random.key(0), shape)
+
+
+def graded(loss, argnums=(0, 1)):
+    return jax.jit(jax.value_and_grad(loss, argnums))
+
+
+def statements(page, mesh):
+    """Those of a page and of what is done with its functions. A long training takes three steps."""
+    for _, block in fences(page.read_text(encoding="utf-8"), "python"):
+        uses = [textwrap.dedent(use) for words, use in USES.get(page.stem, {}).items() if words in block]
+        block = re.sub(r"in range\(\d\d+\):", "in range(3):", block.split("shuffle =")[0])
+        if mesh is not None:
+            block = block.replace("SingleDeviceSharding(jax.devices()[0])", "by_class")
+        for source in (block, *uses):
+            for statement in ast.parse(source).body:
+                yield ast.unparse(statement), statement
+
+
+def is_there(leaf):
+    """Whether it is an array of numbers that no step was given to write in place."""
+    is_array = isinstance(leaf, jax.Array) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return is_array and not leaf.is_deleted()
+
+
+def split_over(mesh, dtype, name, value):
+    """What a page gives a name is split by samples or classes; the weights of a model are on every device.
+
+    All but the centers become of that dtype.
+    """
+
+    def moved(path, leaf):
+        path = name + jax.tree_util.keystr(path)
+        if not is_there(leaf):
+            return leaf
+        halved = leaf.ndim and jnp.issubdtype(leaf.dtype, jnp.floating) and "centers" not in path
+        splits = leaf.ndim and (path == name or "centers" in path or "row_state" in path)
+        shards = math.gcd(leaf.shape[0], 8) if splits else 1
+        axes = mesh.axis_names[: shards.bit_length() - 1]
+        # Through NumPy, since JAX compiles a program for each array that moves between devices.
+        leaf = np.asarray(leaf).astype(dtype if halved else leaf.dtype)
+        return jax.device_put(leaf, NamedSharding(mesh, P(axes) if axes else P()))
+
+    if isinstance(value, nnx.Module):
+        state = nnx.state(value, nnx.Not(nnx.BatchStat))  # Flax keeps those in float32.
+        nnx.update(value, jax.tree_util.tree_map_with_path(moved, state))
+        return value
+    return value if isinstance(value, type) else jax.tree_util.tree_map_with_path(moved, value)
+
+
+def arrays_of(page, mesh=None, dtype=None):
+    """The arrays that are there after a page's code."""
+    space = {"some": some, "graded": graded, "partial": partial}
+    if mesh is not None:
+        space["by_class"] = NamedSharding(mesh, P(mesh.axis_names))
+    for text, statement in statements(page, mesh):
+        if any(words in text for words in ALONE):
+            continue
+        exec(compile(text, page.name, "exec"), space)
+        if mesh is not None and page.stem not in WITH_MESHES:
+            stored = (
+                n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            )
+            for name in space.keys() & set(stored):
+                space[name] = split_over(mesh, dtype, name, space[name])
+    values = {
+        n: nnx.state(v) if isinstance(v, nnx.Module) else v
+        for n, v in space.items()
+        if n not in ("__builtins__", "error", "_")
+    }
+    return {
+        name + jax.tree_util.keystr(path): np.asarray(leaf)
+        for name, value in values.items()
+        if not isinstance(value, type)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]
+        if is_there(leaf)
+    }
+
+
+MAKE_MESH = jax.make_mesh
+
+
+def mesh_of(kind, shape, names, **options):
+    return MAKE_MESH(shape, names, axis_types=(getattr(AxisType, kind),) * len(names), **options)
+
+
+@pytest.mark.parametrize("page", SPLIT, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("Explicit", jnp.float32), pytest.param("Auto", jnp.bfloat16, marks=pytest.mark.slow)],
+    ids=["Explicit-float32", "Auto-bfloat16"],
+)
+def test_a_page_on_a_mesh(page, kind, dtype, tmp_path, monkeypatch):
+    """With its arrays split over eight devices, and inside `jit`, a page has the numbers of one device."""
+    if kind == "Explicit" and page.stem in AUTO_ONLY:
+        pytest.skip(AUTO_ONLY[page.stem])
+    wanted = arrays_of(page)
+    (tmp_path / kind).mkdir()
+    monkeypatch.chdir(tmp_path / kind)  # A page's checkpoints are written anew.
+    make_mesh = partial(mesh_of, kind)
+    monkeypatch.setattr(jax, "make_mesh", make_mesh)
+    mesh = make_mesh((2, 2, 2), ("a", "b", "c"))
+    with contextlib.nullcontext() if page.stem in WITH_MESHES else jax.set_mesh(mesh):
+        found = arrays_of(page, mesh, dtype)
+    assert found.keys() >= wanted.keys()
+    exact = dtype == jnp.float32
+    share, least = (1e-3, 1e-6) if exact else (0.1, 0.01)
+    for name, want in wanted.items():
+        if exact or jnp.issubdtype(want.dtype, jnp.floating):
+            want, got = want.astype(np.float32), found[name].astype(np.float32)
+            atol = least + share * np.abs(want).max(initial=0.0)
+            np.testing.assert_allclose(got, want, rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("page", SPLIT, ids=lambda page: page.stem)
+def test_each_function_of_a_page_is_run_on_a_mesh(page):
+    defined, used = set(), set()
+    for text, statement in statements(page, None):
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            defined.add(statement.name)
+        if not any(words in text for words in ALONE):
+            names = (
+                n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+            )
+            used |= set(names) - {getattr(statement, "name", None)}
+    assert defined <= used
+
+
+def test_each_use_and_exception_belongs_to_a_page():
+    texts = {page.stem: page.read_text(encoding="utf-8") for page in SPLIT}
+    for page, uses in USES.items():
+        assert all(words in texts[page] for words in uses)
+    assert all(any(words in text for text in texts.values()) for words in ALONE)
