@@ -371,6 +371,8 @@ UNSPLIT = {
     "other_frameworks": "Keras and kauldron place arrays themselves",
 }
 AUTO_ONLY = {"reading_lines": "optax.ctc_loss and nnx.RNN refuse a batch that is split over Explicit axes"}
+if jax.__version_info__ < (0, 10):
+    AUTO_ONLY["troubleshooting"] = "checkify of JAX 0.7 takes Explicit axes for Auto ones inside of auto_axes"
 WITH_MESHES = {"many_devices"}  # Their arrays lie on meshes of their own.
 README = DOCS.parent / "README.md"
 SPLIT = [page for page in (README, *PAGES, DOCS / "accelerators.md") if page.stem not in UNSPLIT]
