@@ -466,10 +466,11 @@ def mesh_of(kind, shape, names, **options):
     return MAKE_MESH(shape, names, axis_types=(getattr(AxisType, kind),) * len(names), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", SPLIT, ids=lambda page: page.stem)
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("Explicit", jnp.float32), pytest.param("Auto", jnp.bfloat16, marks=pytest.mark.slow)],
+    [("Explicit", jnp.float32), ("Auto", jnp.bfloat16)],
     ids=["Explicit-float32", "Auto-bfloat16"],
 )
 def test_a_page_on_a_mesh(page, kind, dtype, tmp_path, monkeypatch):
