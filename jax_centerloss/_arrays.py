@@ -3,9 +3,7 @@
 A "NumPy-like" value is an array of NumPy or of another library that converts to one, such as a torch tensor.
 """
 
-import contextlib
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 # How a mask of these arguments leaves samples out.
-_LEFT_OUT = ".astype(int).filled(-1)"
-_FILLED = {"labels": _LEFT_OUT, "rows": _LEFT_OUT, "where": ".filled(False)", "weights": ".filled(0)"}
+_LEFT_OUT = "np.ma.masked_invalid({}.astype(float)).filled(-1).astype(int)"
+_FILLED = {"labels": _LEFT_OUT, "rows": _LEFT_OUT, "where": "{}.filled(False)", "weights": "{}.filled(0)"}
 
 
 def as_array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.Array:
@@ -28,7 +26,9 @@ def as_array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.
     check_plain(name, value)
     try:
         if is_numpy_like(value):
-            value = as_numpy(value).copy()
+            value = as_numpy(value)
+            check_plain(name, value)  # Some arrays show a mask only now.
+            value = np.array(value)
             if value.dtype.kind in "iu":
                 # Without x64 JAX converts int64 to int32 modulo 2**32, and a huge label could become a valid
                 # one. A clipped label stays out of range.
@@ -55,9 +55,9 @@ def first_line(error: Exception) -> str:
 
 
 def as_numpy(value: Any) -> np.ndarray[Any, Any]:
-    """`np.asarray` in the machine's byte order. Long double becomes float64; other dtypes stay."""
+    """`np.asanyarray` in the machine's byte order. Long double becomes float64; other dtypes stay."""
     try:
-        array = np.asarray(value)
+        array: np.ndarray[Any, Any] = np.asanyarray(value)
     except TypeError:  # A torch tensor in bfloat16, which NumPy does not have, or on another device.
         if not hasattr(value, "__dlpack__"):
             raise
@@ -70,15 +70,11 @@ def as_numpy(value: Any) -> np.ndarray[Any, Any]:
 def check_plain(name: str, value: Any) -> None:
     """Raises for an array, or a list with one, whose mask or unit `np.asarray` would drop."""
     for leaf in jax.tree.leaves(value) if isinstance(value, list | tuple) else [value]:
-        array = leaf
-        if is_numpy_like(leaf) and not isinstance(leaf, np.ndarray):
-            with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
-                array = np.asanyarray(leaf)  # Some arrays show their mask here only.
-        if isinstance(array, np.ndarray) and hasattr(array, "mask"):
+        if isinstance(leaf, np.ndarray) and hasattr(leaf, "mask"):
             advice = "Pass plain numbers."
-            if name in _FILLED and array is value:
-                advice = f"`{name}{_FILLED[name]}` leaves masked samples out."
-            elif name in ("x", "gradients") and array is value:
+            if name in _FILLED and leaf is value:
+                advice = f"`{_FILLED[name].format(name)}` leaves masked samples out."
+            elif name in ("x", "gradients") and leaf is value:
                 with_where = f"with `where=~np.ma.getmaskarray({name}).any(-1)`"
                 advice = f"`{name}.filled(0)` leaves masked samples out {with_where}, if there is a `where`."
             raise TypeError(f"{name} must not be a masked array, of which JAX would drop the mask. {advice}")

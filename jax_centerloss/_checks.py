@@ -58,10 +58,9 @@ def as_table(params: Any, name: str = "params", advice: str = "") -> jax.Array:
             f"{advice}"
         )
     leaf = leaves[0][1]
-    if hasattr(
-        getattr(leaf, "aval", None), "inner_aval"
-    ):  # A `jax.Ref`, as in `nnx.vars_as(model, ref=True)`.
-        leaf = leaf[...]
+    # A `jax.Ref`, as in `nnx.vars_as(model, ref=True)`, is read.
+    is_ref = hasattr(getattr(leaf, "aval", None), "inner_aval")
+    leaf = leaf[...] if is_ref else leaf
     mend = 'Pass the (C, D) centers. A Linen module holds none: pass its `variables["params"]`.'
     centers = _arrays.as_array(f"the leaf of {name}", leaf, mend)
     if centers.ndim != 2 or 0 in centers.shape:

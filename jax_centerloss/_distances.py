@@ -34,8 +34,9 @@ def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "h
 
     Returns:
       `(..., C)` squared distances, at least 0, in float32 (float64 if an operand is). A center that is NaN or
-      infinite makes its own column NaN and no other, and such a feature vector its own row. Finite values
-      whose squares overflow give infinity or NaN.
+      infinite makes its own column NaN and no other, and such a feature vector its own row. Such a center
+      adds nothing to the gradients of other columns. Finite values whose squares overflow give infinity or
+      NaN.
 
     Raises:
       ValueError: on a shape that does not fit.
@@ -75,10 +76,9 @@ def squared_distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.Pre
     """`distance_map` of checked arguments."""
     origin = _origin(centers, table.compute_dtype(x, centers))
     x, centers = _subtract(x, origin), _subtract(centers, origin)
-    finite_x, finite_centers = _all_finite(x), _all_finite(centers)
-    # Set to 0, so that a column that is NaN adds no NaN to the gradient of the others.
-    x = jnp.where(finite_x[..., None], x, jnp.zeros((), x.dtype))
-    centers = jnp.where(finite_centers[:, None], centers, jnp.zeros((), x.dtype))
+    finite = _all_finite(centers)
+    # The column of such a center is NaN. Its product with x is not, so that no gradient of another is NaN.
+    centers = jnp.where(finite[:, None], centers, jnp.zeros((), x.dtype))
     cross = jnp.einsum("...d,cd->...c", x, centers, precision=precision)
     leading = (1,) * (x.ndim - 1)
     distances = (
@@ -86,7 +86,7 @@ def squared_distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.Pre
     )
     # Rounding can make a distance negative. NaN is not below 0, and stays.
     distances = jnp.where(distances < 0, jnp.zeros((), distances.dtype), distances)
-    finite = finite_x[..., None] & finite_centers.reshape(*leading, -1)
+    finite = _all_finite(x)[..., None] & finite.reshape(*leading, -1)
     return jnp.where(finite, distances, np.full((), np.nan, distances.dtype))
 
 

@@ -128,7 +128,7 @@ def with_center_optimizer(
 
 
 def _as_weight(weight: Any) -> float | jax.Array:
-    """λ as a number or scalar array. Raises if it is negative or NaN, or still a schedule."""
+    """λ as a number or scalar array. Raises if it is negative, NaN or a function."""
     lam = _checks.as_scalar("weight", weight, "Pass λ as a number, or as an optax schedule that returns one.")
     if _arrays.is_concrete(lam) and not np.asarray(lam) >= 0:  # In `jit`, `jnp` would trace it.
         raise ValueError(f"weight must not be negative or NaN, got {float(lam):g}.")

@@ -87,7 +87,7 @@ def plot(
 
     ax = _new_axes() if ax is None else ax
     colors = _colors(len(colored))
-    point_colors, class_colors = (colors[np.searchsorted(colored, of)] for of in (classes, seen))
+    point_colors, class_colors = (colors[np.searchsorted(colored, array)] for array in (classes, seen))
     if density or (density is None and len(points) > _MOST_DOTS):
         _draw_density(ax, points, point_colors)
     else:

@@ -29,7 +29,10 @@ class RowOptimizer(NamedTuple):
 
 def check_transformation(name: str, tx: Any) -> None:
     if isinstance(tx, RowOptimizer) or not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"{name} must be an optax transformation, such as optax.sgd(0.5), got {tx!r}.")
+        found = (
+            "a row optimizer, whose own `update` moves centers" if isinstance(tx, RowOptimizer) else repr(tx)
+        )
+        raise TypeError(f"{name} must be an optax transformation, such as optax.sgd(0.5), got {found}.")
 
 
 def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | None = None) -> RowOptimizer:
@@ -113,8 +116,9 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
 
     def init(params: Any) -> Any:
         advice = (
-            " A row optimizer is no optax transformation: nnx.Optimizer and TrainState take "
-            "`with_center_optimizer(tx)`, or for centers that are state the model's own optimizer."
+            " A row optimizer moves these alone, by its own `update(params, state, x, labels)`, and is no "
+            "optax transformation: give nnx.Optimizer and TrainState the model's own optimizer, or for "
+            "centers that are parameters `with_center_optimizer(model_tx, centers=tx)`."
         )
         centers = _checks.as_table(params, advice=advice)
         return transform.place_state(init_state(centers), centers)
@@ -173,7 +177,7 @@ def _as_state_dtype(value: Any) -> Any:
         dtype = jnp.dtype(value)
     except TypeError:
         dtype = None
-    if dtype is not None and dtype in _STATE_DTYPES:  # In NumPy None == float64.
+    if dtype is not None and dtype in _STATE_DTYPES:  # `None == np.dtype(float)` is True.
         return dtype
     raise ValueError(
         f"state_dtype must be None or one of {', '.join(map(str, _STATE_DTYPES))}, got {value!r}. float16 is "

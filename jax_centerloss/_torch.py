@@ -185,4 +185,6 @@ def _copy(value: Any) -> np.ndarray[Any, Any]:
         return value.float().numpy().astype(jnp.bfloat16) if half else np.array(value.numpy())
     if not hasattr(value, "dtype"):
         raise TypeError("not a tensor")
-    return _arrays.as_numpy(value).copy()
+    array = _arrays.as_numpy(value)
+    _arrays.check_plain("a tensor", array)
+    return np.array(array)

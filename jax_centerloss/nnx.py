@@ -119,14 +119,19 @@ class CenterLoss(nnx.Module):
 
         def initializer(*args: Any) -> Any:
             centers = centers_init(*args)
-            if isinstance(centers, nnx.VariableMetadata):  # Of `nnx.with_partitioning`.
-                metadata.update(centers.metadata)
-                return centers.raw_value
-            return centers
+            if not isinstance(centers, nnx.VariableMetadata):
+                return centers
+            if out_sharding is not None:
+                raise ValueError(
+                    "centers_init has the metadata of a sharding: pass no out_sharding beside it."
+                )
+            metadata.update(centers.metadata)
+            return centers.raw_value
 
-        options: dict[str, Any] = {"initializer": initializer, "dtype": param_dtype}
-        sharding = _map_logical_axes(out_sharding)
-        drawn = _init.init_centers(rngs.params(), num_classes, feat_dim, out_sharding=sharding, **options)
+        draw: Any = partial(
+            _init.init_centers, dtype=param_dtype, out_sharding=_map_logical_axes(out_sharding)
+        )
+        drawn = draw(rngs.params(), num_classes, feat_dim, initializer=initializer)
         kind = nnx.Param if centers_as == "param" else Centers
         self.centers = kind(drawn["centers"], **metadata)
 

@@ -111,6 +111,15 @@ def test_a_symbolic_number_of_classes(arguments):
     )
 
 
+def test_a_symbolic_number_of_features(arguments):
+    centers, _, x, labels, _ = arguments
+    (d,) = jax.export.symbolic_shape("d")
+    program = exported(jcl.center_loss, shape(centers, len(centers), d), shape(x, len(x), d), shape(labels))
+    for used in (2, D):
+        batch = centers[:, :used], x[:, :used], labels
+        np.testing.assert_allclose(program.call(*batch), jcl.center_loss(*batch), rtol=1e-6)
+
+
 @pytest.mark.usefixtures("for_its_platform")
 def test_only_a_cpus_program_has_loops():
     # One in which classes are searched for, and one over blocks of sums.

@@ -884,7 +884,7 @@ class Measured(np.ndarray):
         self.units = "m"
 
 
-class Variable:
+class Lazy:
     """As a variable of netCDF4, which becomes a masked array."""
 
     def __init__(self, values):
@@ -912,7 +912,7 @@ FUNCTIONS = {
 def test_a_mask_or_a_unit_is_never_dropped(name):
     # numpy.ma keeps what np.asarray drops: JAX refuses such arrays, and so does every function here.
     for index in range(3):
-        for kind in (np.ma.masked_array, Variable, lambda a: a.view(Metres), lambda a: a.view(Measured)):
+        for kind in (np.ma.masked_array, Lazy, lambda a: a.view(Metres), lambda a: a.view(Measured)):
             given = [CENTERS, POINTS, OWN]
             if index == 2 and name in ("distance_map", "nearest_center"):
                 continue
@@ -973,6 +973,7 @@ LABELS = {
     "one-hot": (np.ceil(SOFT[:2]).astype(int)[[0, 1, 0]], [0, -1, 0]),
     "a column": (OWN[:, None], OWN),
     "masked": (np.ma.masked_array(OWN.astype(np.uint8), mask=[False, True, False]), [0, -1, 2]),
+    "masked and missing": (np.ma.masked_array([0, 1, NAN], mask=[False, True, False]), [0, -1, -1]),
 }
 
 
@@ -1024,7 +1025,9 @@ def test_advice_on_names_complex_features_row_optimizers_and_keys():
     rows = jcl.row_optimizer(optax.sgd(0.1))
     with pytest.raises(ValueError, match="no optax transformation") as raised:
         nnx.Optimizer(Model(nnx.Rngs(0)), rows, wrt=nnx.Param)
-    assert "with_center_optimizer(tx)" in code_of(raised.value)
+    names = {"model_tx": optax.adam(1e-3), "tx": optax.sgd(0.1)}
+    tx = eval("jcl." + code_of(raised.value)[-1], names | {"jcl": jcl})
+    nnx.Optimizer(Model(nnx.Rngs(0)), tx, wrt=nnx.Param)
     with pytest.raises(TypeError, match=r"rngs must be nnx\.Rngs, such as `nnx\.Rngs\(0\)`"):
         jcl.nnx.CenterLoss(4, 2, rngs=jax.random.key(0))
 

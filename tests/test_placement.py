@@ -345,3 +345,16 @@ def test_work_per_device_stays_when_classes_and_devices_grow_together(kind):
     for key in ("flops", "bytes accessed"):
         work = [cost[key] for cost in costs]
         assert max(work) <= 1.05 * min(work)
+
+
+def test_few_features_that_are_split(rng):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    centers, x = rng.normal(size=(5, 4)), rng.normal(size=(8, 4))
+    labels = np.arange(8) % 5
+    split = jax.device_put(x.astype(np.float32), NamedSharding(mesh, P("a", "b")))
+    loss, gradient = jax.jit(jax.value_and_grad(jcl.center_loss, 1))(
+        centers.astype(np.float32), split, labels
+    )
+    difference = x - centers[labels]
+    np.testing.assert_allclose(loss, np.mean(np.sum(difference**2, 1)), rtol=1e-5)
+    np.testing.assert_allclose(gradient, 2 * difference / 8, rtol=1e-4, atol=1e-6)

@@ -83,7 +83,7 @@ def _sum_by_scattering(
 ) -> jax.Array:
     first, size = (0, num_slots) if block is None else block
     slots = slots if kept is None else jnp.where(kept, slots, NO_SLOT)
-    # It drops slots that are negative or beyond the block.
+    # `segment_sum` drops slots that are negative or beyond the block.
     return jax.ops.segment_sum(values, slots - first, size)
 
 

@@ -42,16 +42,15 @@ def add_sums(
     # The sum comes first if classes are few or rows are in half precision: each addition to a row is rounded,
     # and hundreds of samples may meet in one. The sum also comes first on a GPU, whose order of additions
     # differs from run to run, and on a TPU if samples have to be counted, which is slow there.
-    # C <= N, or not known:
-    few_classes = not groups.known_at_most(samples.classes.shape[0] + 1, rows.shape[0])
+    many_classes = groups.known_at_most(samples.classes.shape[0] + 1, rows.shape[0])  # C > N, and known.
     sums_first = platform == "gpu" or (platform == "tpu" and by_count) or rows.dtype != samples.values.dtype
-    if few_classes or sums_first:
+    if not many_classes or sums_first:
         return move_rows(rows, (), samples, scale, seed, platform=platform)[0]
     classes, values, counts = samples.classes, samples.values, samples.counted
     if by_count:
         # An array with an entry for every class pays while it is small, and no larger than the values.
-        most = min(_CLASSES_PER_SAMPLE, rows.shape[1])
-        counts = groups.count_class_of_sample(classes, counts, rows.shape[0], most)
+        entries_per_sample = min(_CLASSES_PER_SAMPLE, rows.shape[1])
+        counts = groups.count_class_of_sample(classes, counts, rows.shape[0], entries_per_sample)
     factor = scale(counts)
     if samples.kept is not None:
         factor = jnp.where(samples.kept | jnp.isnan(factor), factor, jnp.zeros((), factor.dtype))
