@@ -253,6 +253,17 @@ def test_a_schedule_of_the_weight_is_that_of_the_loss():
     assert {int(count) for count in counts} == {3}
 
 
+def test_the_warm_up_of_the_page_with_accumulated_gradients():
+    """Six times the same batch, two for each update, train as three times without accumulation."""
+    ((_, block),) = fences(text_of("choosing"), "python")
+    usual, accumulated = {}, {}
+    exec(compile(block, "choosing", "exec"), usual)
+    block = block.replace("nnx.Optimizer(model, tx", "nnx.Optimizer(model, optax.MultiSteps(tx, 2)")
+    exec(compile(block.replace("range(3)", "range(6)"), "choosing", "exec"), accumulated)
+    got, want = (nnx.to_pure_dict(nnx.state(space["model"], nnx.Param)) for space in (accumulated, usual))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got, want)
+
+
 DIGITS = "import jax.numpy as jnp; images, labels = some(64, 64), jnp.arange(64) % 10"
 # What a reader does with the functions of a block, page by page, after the block that has the words.
 USES = {
