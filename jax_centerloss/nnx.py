@@ -108,7 +108,8 @@ class CenterLoss(nnx.Module):
     ) -> None:
         _checks.check_module(clip, reduce_fn, centers_as, param_dtype, centers_init)
         if not isinstance(rngs, nnx.Rngs):
-            raise TypeError(f"rngs must be nnx.Rngs, such as `nnx.Rngs(0)`, got {_arrays.describe(rngs)}.")
+            found = _arrays.describe(rngs)
+            raise TypeError(f"rngs must be nnx.Rngs, such as `nnx.Rngs(0)` or `nnx.Rngs(key)`, got {found}.")
         self.num_classes, self.feat_dim = _checks.as_shape(num_classes, feat_dim)
         self.clip = clip
         self.reduce_fn = reduce_fn
