@@ -80,7 +80,7 @@ def check_plain(name: str, value: Any) -> None:
             raise TypeError(f"{name} must not be a masked array, of which JAX would drop the mask. {advice}")
         # Of other objects only the type is asked: a pandas Series may have an entry of that name.
         holder = leaf if isinstance(leaf, np.ndarray) else type(leaf)
-        if hasattr(holder, "unit") or hasattr(holder, "units"):
+        if any(getattr(holder, attribute, None) is not None for attribute in ("unit", "units")):
             raise TypeError(
                 f"{name} must be plain numbers, got {type(leaf).__name__}, whose unit would be dropped. Pass "
                 "the numbers in one unit for features and centers."

@@ -109,19 +109,20 @@ def _class_indices_error(labels: Any, classes: jax.Array, x: jax.Array, names: N
     # The code in the message has to run on what was passed: a JAX array may be traced, a list needs NumPy.
     numpy = "jnp" if isinstance(labels, jax.Array) else "np"
     given = names.labels if isinstance(labels, jax.Array | np.ndarray) else f"np.asarray({names.labels})"
-    one_hot = (
+    to_indices = (
         "One-hot or soft labels become class indices, and rows without a label -1, by "
         f"`{numpy}.where({given}.max(-1) > 0, {given}.argmax(-1), -1)`."
     )
+    if classes.shape == (*x.shape[:-1], 1):
+        to_indices = f"A column of labels is `{given}[..., 0]`."
     found = f"{names.labels} must be integers, got {classes.dtype.name}"
     if jnp.issubdtype(classes.dtype, jnp.integer):
         return ValueError(
             f"{names.labels} must have the leading dimensions of {names.x}, got {names.labels} "
-            f"{classes.shape} and {names.x} {x.shape}: expected {names.labels} {x.shape[:-1]}. A column of "
-            f"labels is `{given}[:, 0]`. {one_hot}"
+            f"{classes.shape} and {names.x} {x.shape}: expected {names.labels} {x.shape[:-1]}. {to_indices}"
         )
     if classes.shape != x.shape[:-1]:
-        return TypeError(f"{found}. {one_hot}")
+        return TypeError(f"{found}. {to_indices}")
     if _arrays.is_concrete(classes) and jnp.issubdtype(classes.dtype, jnp.floating):
         values = np.asarray(classes, np.float64)
         missing = np.isnan(values)
