@@ -1043,7 +1043,7 @@ def test_advice_on_shards_leads_to_centers_that_nothing_finds():
     assert (jcl.nearest_center(centers, unused) >= 9).all()
     with jax.set_mesh(mesh):
         filled = eval(code_of(raised.value)[-1], {"jnp": jnp, "centers": centers})
-    assert filled.sharding == centers.sharding
+    assert filled.sharding.is_equivalent_to(centers.sharding, 2)
     assert (jcl.nearest_center(filled, unused) < 9).all()
     labels = np.arange(7)
     for name, value in jcl.center_metrics(np.asarray(centers)[:9], unused, labels).items():
