@@ -497,7 +497,8 @@ def test_a_page_on_a_mesh(page, kind, dtype, tmp_path, monkeypatch):
         found = arrays_of(page, mesh, dtype)
     assert found.keys() >= wanted.keys()
     exact = dtype == jnp.float32
-    share, least = (1e-3, 1e-6) if exact else (0.1, 1e-6)
+    # Adam's first steps have the sign of a gradient, and in bfloat16 one near 0 may have the other.
+    share, least = (1e-3, 1e-6) if exact else (0.1, 0.01)
     for name, want in wanted.items():
         if exact or jnp.issubdtype(want.dtype, jnp.floating):
             want, got = want.astype(np.float32), found[name].astype(np.float32)
