@@ -70,8 +70,8 @@ class CenterLoss(nnx.Module):
       rngs: the `params` stream draws the centers.
 
     Raises:
-      ValueError: if a size is below 1 or an option is unknown; in a call, if the centers have another size,
-        and what `jax_centerloss.center_loss` raises.
+      ValueError: if a size is below 1, an option is unknown, or both `centers_init` and `out_sharding` give a
+        sharding; in a call, if the centers have another size, and what `jax_centerloss.center_loss` raises.
       TypeError: if a size is not an integer, `param_dtype` is not floating point, or `centers_init` is not a
         function.
 

@@ -1154,6 +1154,8 @@ def test_logical_names_of_axes():
                 assert module.centers[...].addressable_shards[0].data.shape == (2, 4)
                 specs = nnx.get_partition_spec(nnx.state(module))
                 assert jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, P))[0] == P("model", None)
+        with pytest.raises(ValueError, match="pass no out_sharding beside it"):
+            jcl.nnx.CenterLoss(16, 4, out_sharding=P("model", None), centers_init=boxed, rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match=r"names \['classes'\], but the mesh has axes \['model'\]"):
             jcl.nnx.CenterLoss(16, 4, out_sharding=("classes", None), rngs=nnx.Rngs(0))
 
