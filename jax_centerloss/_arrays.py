@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 # How a mask of these arguments leaves samples out.
 _LEFT_OUT = "np.ma.masked_invalid({}.astype(float)).filled(-1).astype(int)"
 _FILLED = {"labels": _LEFT_OUT, "rows": _LEFT_OUT, "where": "{}.filled(False)", "weights": "{}.filled(0)"}
+_INDICES = {"x": "labels", "gradients": "rows"}
 
 
 def as_array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.Array:
@@ -24,27 +25,42 @@ def as_array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.
     returned. A data loader may have overwritten it by then.
     """
     check_plain(name, value)
+    array = value
     try:
         if is_numpy_like(value):
-            value = as_numpy(value)
-            check_plain(name, value)  # Some arrays show a mask only now.
-            value = np.array(value)
-            if value.dtype.kind in "iu":
-                # Without x64 JAX converts int64 to int32 modulo 2**32, and a huge label could become a valid
-                # one. A clipped label stays out of range.
-                limits = np.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
-                value = value.clip(limits.min, limits.max)
-        return jnp.asarray(value)
+            array = as_numpy(value)
+            result = jnp.asarray(_within_dtypes(np.array(array)))
+        else:
+            result = jnp.asarray(value)
     except jax.errors.JAXTypeError:  # JAX's error about a tracer says more.
         raise
     except (TypeError, ValueError, RuntimeError, OverflowError, BufferError) as error:
         # Other libraries say what to do, for example about a tensor that requires a gradient.
-        cause = f" ({first_line(error)})" if is_numpy_like(value) and type(value) is not np.ndarray else ""
+        is_foreign = hasattr(value, "__array__") and not isinstance(value, np.ndarray | jax.Array)
+        cause = f" ({first_line(error)})" if is_foreign else ""
         raise TypeError(f"{name} must be {kind}, got {describe(value)}{cause}. {advice}") from error
+    if array is not value:
+        check_plain(name, array)  # Some arrays show a mask or a unit only when they are converted.
+    return result
+
+
+def _within_dtypes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Clips integers to what JAX can hold.
+
+    Without x64 JAX converts int64 to int32 modulo 2**32, and a huge label could become a valid one. A clipped
+    label stays out of range.
+    """
+    if array.dtype.kind not in "iu":
+        return array
+    limits = np.iinfo(jax.dtypes.canonicalize_dtype(array.dtype))
+    return array.clip(limits.min, limits.max)
 
 
 def is_numpy_like(value: Any) -> bool:
-    """Whether `value` is a NumPy array, or converts to one, and is not a JAX array."""
+    """Whether `value` is a NumPy array or converts to one, as a list does, and holds no JAX array."""
+    if isinstance(value, list | tuple):
+        leaves = jax.tree.leaves(value)
+        return not any(isinstance(leaf, jax.Array) or hasattr(leaf, "__jax_array__") for leaf in leaves)
     # JAX itself converts a value with `__jax_array__`, such as an `nnx.Param`.
     converts = hasattr(value, "__array__") and not hasattr(value, "__jax_array__")
     return converts and not isinstance(value, jax.Array)
@@ -69,22 +85,43 @@ def as_numpy(value: Any) -> np.ndarray[Any, Any]:
 
 def check_plain(name: str, value: Any) -> None:
     """Raises for an array, or a list with one, whose mask or unit `np.asarray` would drop."""
-    for leaf in jax.tree.leaves(value) if isinstance(value, list | tuple) else [value]:
+    for leaf in jax.tree.leaves(value, is_leaf=has_unit) if isinstance(value, list | tuple) else [value]:
         if isinstance(leaf, np.ndarray) and hasattr(leaf, "mask"):
             advice = "Pass plain numbers."
             if name in _FILLED and leaf is value:
                 advice = f"`{_FILLED[name].format(name)}` leaves masked samples out."
-            elif name in ("x", "gradients") and leaf is value:
-                with_where = f"with `where=~np.ma.getmaskarray({name}).any(-1)`"
-                advice = f"`{name}.filled(0)` leaves masked samples out {with_where}, if there is a `where`."
+            elif name in _INDICES and leaf is value:
+                masked = f"np.ma.getmaskarray({name}).any(-1)"
+                indices = _INDICES[name]
+                advice = (
+                    f"`{name}.filled(0)` leaves masked samples out together with "
+                    f"`np.where({masked}, -1, {indices})` as {indices}, where there are {indices}."
+                )
             raise TypeError(f"{name} must not be a masked array, of which JAX would drop the mask. {advice}")
-        # Of other objects only the type is asked: a pandas Series may have an entry of that name.
-        holder = leaf if isinstance(leaf, np.ndarray) else type(leaf)
-        if any(getattr(holder, attribute, None) is not None for attribute in ("unit", "units")):
+        if has_unit(leaf):
             raise TypeError(
                 f"{name} must be plain numbers, got {type(leaf).__name__}, whose unit would be dropped. Pass "
                 "the numbers in one unit for features and centers."
             )
+
+
+def has_unit(value: Any) -> bool:
+    """Whether `value`, or the array inside of it, as of an xarray.DataArray, says what unit it is in."""
+    if not (hasattr(value, "__array__") or hasattr(value, "dtype")):
+        return False
+    for holder in (
+        [value] if isinstance(value, np.ndarray | jax.Array) else [value, getattr(value, "data", None)]
+    ):
+        # A pandas Series may have an entry of that name, which `getattr` would find.
+        get = getattr if isinstance(holder, np.ndarray) else inspect.getattr_static
+        if any(get(holder, attribute, None) is not None for attribute in ("unit", "units")):
+            return True
+    return False
+
+
+def code_of(name: str, value: Any, numpy: str = "np") -> str:
+    """How the advice of an error writes the argument: what it says has to run on a list, too."""
+    return name if isinstance(value, jax.Array | np.ndarray) else f"{numpy}.asarray({name})"
 
 
 def as_arrays(name: str, tree: Any, advice: str) -> Any:

@@ -37,9 +37,10 @@ def as_features(x: ArrayLike, centers: jax.Array, names: Names = FEATURES) -> ja
     # A tree with one leaf, such as {"centers": array}, is probably the params.
     if not jax.tree_util.all_leaves([x]) and len(jax.tree.leaves(x)) == 1:
         advice += f" If you passed the centers as {names.x}: the order is {names.arguments}."
+    given = _arrays.code_of(names.x, x)
     x = _arrays.as_array(names.x, x, advice)
-    advice = f"Cast it first: `{names.x}.astype(jnp.float32)`. {names.order}"
-    _checks.check_floating(x.dtype, names.x, advice)
+    advice = f"Cast it first: `{given}.astype(jnp.float32)`. {names.order}"
+    _checks.check_floating(x.dtype, names.x, advice, given)
     if x.ndim == 0 or x.shape[-1] != centers.shape[-1]:
         raise ValueError(
             f"{names.x} must have shape (..., D) with D = {centers.shape[-1]}, the feature size of the "
@@ -78,8 +79,8 @@ def as_batch(
         mask = _arrays.as_array("where", where, "Pass booleans, one for each label.")
         if mask.dtype != jnp.bool_:
             raise TypeError(
-                f"where must be boolean, got {mask.dtype.name}. Compare first, for example `where=mask > 0`; "
-                "weights go into `weights`."
+                f"where must be boolean, got {mask.dtype.name}. Compare first, for example "
+                f"`where={_arrays.code_of('where', where)} > 0`; weights go into `weights`."
             )
         used = used & _as_per_sample("where", mask, x, names)
     numbers = None if weights is None else as_weights(weights, x, centers.shape[0])
@@ -108,7 +109,7 @@ def _class_indices_error(labels: Any, classes: jax.Array, x: jax.Array, names: N
     """The error about labels that are no integers, or have another shape, with code that mends them."""
     # The code in the message has to run on what was passed: a JAX array may be traced, a list needs NumPy.
     numpy = "jnp" if isinstance(labels, jax.Array) else "np"
-    given = names.labels if isinstance(labels, jax.Array | np.ndarray) else f"np.asarray({names.labels})"
+    given = _arrays.code_of(names.labels, labels)
     to_indices = (
         "One-hot or soft labels become class indices, and rows without a label -1, by "
         f"`{numpy}.where({given}.max(-1) > 0, {given}.argmax(-1), -1)`."
@@ -145,8 +146,12 @@ def as_weights(weights: ArrayLike, x: jax.Array, num_classes: int) -> jax.Array:
     if not (jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)):
         raise TypeError(f"weights must be real numbers, got {given.dtype.name}. A mask goes into `where`.")
     dtype = jnp.float64 if given.dtype == jnp.float64 else jnp.float32
-    by_class = given.shape == (num_classes,)
-    advice = " If these are weights of classes, pass `weights[labels]`." if by_class else ""
+    advice = ""
+    if given.shape == (num_classes,):
+        look_up = "[jnp.asarray(labels)]"
+        if placement.is_explicit(x):
+            look_up = ".at[labels].get(out_sharding=jax.typeof(labels).sharding)"
+        advice = f" If these are weights of classes, pass `jnp.asarray(weights){look_up}`."
     return _as_per_sample("weights", given, x, FEATURES, advice).astype(dtype)
 
 
@@ -169,6 +174,8 @@ def _check_concrete_values(labels: Any, where: Any, weights: Any, num_classes: i
     if not (_arrays.is_concrete(labels) and _arrays.is_concrete(where)):
         return
     values = _arrays.as_numpy(labels)
+    if values.dtype.itemsize < 4:  # 4 and 8 bits can't be compared with every number of classes.
+        values = values.astype(np.int32)
     used = np.broadcast_to(True if where is None else _arrays.as_numpy(where), values.shape)
     if weights is not None:
         if not _arrays.is_concrete(weights):

@@ -34,11 +34,13 @@ def as_after(after: Any) -> Any:
     return _arrays.as_arrays("after", after, "Pass the loss, or a tree of what is computed from the centers.")
 
 
-def check_floating(dtype: DTypeLike, name: str, advice: str | None = None) -> None:
+def check_floating(dtype: DTypeLike, name: str, advice: str | None = None, code: str | None = None) -> None:
+    """Raises unless `dtype` is floating point. Advice calls the argument `code`, or else `name`."""
     if not jnp.issubdtype(dtype, jnp.floating):
+        code = code or name
         if jnp.issubdtype(dtype, jnp.complexfloating):
-            advice = f"Pass real and imaginary parts: `jnp.concatenate([{name}.real, {name}.imag], axis=-1)`."
-        advice = advice or f"Cast it first, for example `{name}.astype(jnp.float32)`."
+            advice = f"Pass real and imaginary parts: `jnp.concatenate([{code}.real, {code}.imag], axis=-1)`."
+        advice = advice or f"Cast it first, for example `{code}.astype(jnp.float32)`."
         raise TypeError(f"{name} must be floating point, got {jnp.dtype(dtype).name}. {advice}")
 
 
@@ -47,7 +49,8 @@ def as_table(params: Any, name: str = "params", advice: str = "") -> jax.Array:
 
     If `params` does not have exactly one leaf, the error ends with `advice`.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    # The leaf of a quantity with a unit would be its number alone.
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_arrays.has_unit)
     if len(leaves) != 1:
         found = ", ".join(jax.tree_util.keystr(path) for path, _ in leaves[:8]) or "none"
         raise ValueError(

@@ -103,10 +103,13 @@ def _num_stripes(size: int, mesh: Any) -> int:
 def map_in_blocks(fn: Callable[..., Any], width: int, mesh: Any, x: jax.Array, *others: jax.Array) -> Any:
     """`fn(x, *others)`, one or more arrays `(..., K)`, in blocks of samples `(...)` if they are many.
 
-    `fn` computes `width` numbers for each sample. Each axis of samples is cut into equal stripes, each within
-    one shard. A block takes the same number of samples from every stripe, so that none travels.
+    `fn` computes `width` numbers for each sample, and a copy of its features. Each axis of samples is cut
+    into equal stripes, each within one shard. A block takes the same number of samples from every stripe, so
+    that none travels.
     """
     shape = x.shape[:-1]
+    if x.dtype.itemsize >= 4:  # In a loop a CPU would convert all of a half-precision array before it.
+        width = max(width, x.shape[-1])
     # In an exported program a size may be symbolic. It has no blocks.
     known = all(isinstance(size, int) for size in (*shape, width))
     if not known or math.prod(shape) * width <= _BLOCK_ENTRIES:
@@ -135,9 +138,12 @@ def map_in_blocks(fn: Callable[..., Any], width: int, mesh: Any, x: jax.Array, *
     arrays = [split(array) for array in (x, *others)]
     # The last block is moved back until it fits, and computes some samples again.
     starts = jnp.minimum(jnp.arange(-(-length // block), dtype=jnp.int32) * block, length - block)
-    blocks = lax.map(
-        lambda start: fn(*(lax.dynamic_slice_in_dim(a, start, block, axis=rank) for a in arrays)), starts
-    )
+
+    @jax.checkpoint  # Gradients compute a block again, instead of keeping its distances.
+    def compute(start: jax.Array) -> Any:
+        return fn(*(lax.dynamic_slice_in_dim(array, start, block, axis=rank) for array in arrays))
+
+    blocks = lax.map(compute, starts)
     return jax.tree.map(join, blocks)
 
 

@@ -16,6 +16,11 @@ from jax_centerloss._rows import moves, separability, transform
 from jax_centerloss._rows.placement import AxisName
 from jax_centerloss._rules import Rule
 
+_NO_TRANSFORMATION = (
+    "A row optimizer moves the centers alone, by its own `update(params, state, x, labels)`, and is no optax "
+    "transformation: give nnx.Optimizer and TrainState the model's own optimizer, or for centers that are "
+    "parameters `with_center_optimizer(model_tx, centers=tx)`."
+)
 _STATE_DTYPES = tuple(map(jnp.dtype, ("bfloat16", "float32", "float64")))
 
 
@@ -115,19 +120,14 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
     program = _update.jit_move(step)
 
     def init(params: Any) -> Any:
-        advice = (
-            " A row optimizer moves these alone, by its own `update(params, state, x, labels)`, and is no "
-            "optax transformation: give nnx.Optimizer and TrainState the model's own optimizer, or for "
-            "centers that are parameters `with_center_optimizer(model_tx, centers=tx)`."
-        )
-        centers = _checks.as_table(params, advice=advice)
+        centers = _checks.as_table(params, advice=f" {_NO_TRANSFORMATION}")
         return transform.place_state(init_state(centers), centers)
 
     def update(
         params: Any,
         state: Any,
         x: ArrayLike,
-        labels: ArrayLike,
+        labels: ArrayLike | None = None,  # None where optax's `update` is called: (updates, state, params).
         *,
         rule: str = "gradient",
         where: ArrayLike | None = None,
@@ -136,6 +136,8 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         after: Any = None,
         rounding_key: jax.Array | None = None,
     ) -> tuple[Any, Any]:
+        if labels is None:
+            raise TypeError(f"labels are missing. {_NO_TRANSFORMATION}")
         given = x, labels, where, weights
         # As its gradient, `tx` gets the negative of the step.
         return move(params, state, given, _rules.as_rule(rule, -1.0), axis_name, after, rounding_key)

@@ -61,7 +61,7 @@ def from_torch(source: Source | Any, *, key: str = "centers") -> dict[str, jax.A
         name, tensor, ending = "source", source, "."
     _arrays.check_plain(name, tensor)
     try:
-        array = _copy(tensor)
+        array = _to_numpy(tensor)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         if tensor is source:
             ending = (
@@ -69,11 +69,13 @@ def from_torch(source: Source | Any, *, key: str = "centers") -> dict[str, jax.A
                 f"{type(source).__name__}."
             )
         raise TypeError(f"{name} must be a tensor{ending}") from error
+    _arrays.check_plain(name, array)  # Some arrays show a mask only when they are converted.
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{name} must have shape (C, D), got {array.shape}{ending}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating point, got {array.dtype.name}{ending}")
-    return {"centers": jnp.asarray(array)}
+    # A copy, since a module may go on to train the tensor in place.
+    return {"centers": jnp.asarray(np.array(array))}
 
 
 def to_torch(params: Any) -> dict[str, Any]:
@@ -176,15 +178,13 @@ def _describe(name: str, value: Any) -> str:
     return f"{name} ({type(value).__name__})"
 
 
-def _copy(value: Any) -> np.ndarray[Any, Any]:
-    """Copies a tensor or an array to NumPy, since a module may go on to train the tensor in place."""
+def _to_numpy(value: Any) -> np.ndarray[Any, Any]:
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         # torch can't convert bfloat16, which NumPy itself does not have.
         half = str(value.dtype) == "torch.bfloat16"
-        return value.float().numpy().astype(jnp.bfloat16) if half else np.array(value.numpy())
+        array: np.ndarray[Any, Any] = value.float().numpy() if half else value.numpy()
+        return array.astype(jnp.bfloat16) if half else array
     if not hasattr(value, "dtype"):
         raise TypeError("not a tensor")
-    array = _arrays.as_numpy(value)
-    _arrays.check_plain("a tensor", array)
-    return np.array(array)
+    return _arrays.as_numpy(value)

@@ -884,6 +884,25 @@ class Measured(np.ndarray):
         self.unit, self.units = None, "m"
 
 
+class Quantity:
+    """As an array of saiunit: the unit is an entry of the object. `nested` is one in an xarray.DataArray."""
+
+    def __init__(self, values, unit="m"):
+        self.values, self.unit = values, unit
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+    @classmethod
+    def nested(cls, values):
+        holder = cls(values, unit=None)
+        holder.data = cls(values)
+        return holder
+
+
+jax.tree_util.register_dataclass(Quantity, data_fields=["values"], meta_fields=["unit"])
+
+
 class Lazy:
     """As a variable of netCDF4, which becomes a masked array."""
 
@@ -911,13 +930,14 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_mask_or_a_unit_is_never_dropped(name):
     # numpy.ma keeps what np.asarray drops: JAX refuses such arrays, and so does every function here.
+    units = lambda a: a.view(Metres), lambda a: a.view(Measured), Quantity, Quantity.nested
     for index in range(3):
-        for kind in (np.ma.masked_array, Lazy, lambda a: a.view(Metres), lambda a: a.view(Measured)):
+        for kind in (np.ma.masked_array, Lazy, *units):
             given = [CENTERS, POINTS, OWN]
             if index == 2 and name in ("distance_map", "nearest_center"):
                 continue
             given[index] = kind(given[index])
-            with pytest.raises(TypeError, match=r"masked array|unit would be dropped"):
+            with pytest.raises(TypeError, match=r"^\S+( leaf of params)? (\S+ )?must .*(masked|unit would)"):
                 FUNCTIONS[name](*given)
 
 
@@ -930,6 +950,14 @@ def test_masks_of_masks_weights_and_checkpoints_are_not_dropped():
             jcl.center_loss(CENTERS, POINTS, OWN, **{name: masked})
         followed = eval(code_of(raised.value)[0], {name: masked})
         np.testing.assert_array_equal(jcl.center_loss(CENTERS, POINTS, OWN, **{name: followed}), want)
+    x = np.ma.masked_array(POINTS, mask=[[False, False], [False, True], [False, False]])
+    with pytest.raises(TypeError, match="x must not be a masked array") as raised:
+        jcl.init_from_features(CENTERS, [(x, OWN)])
+    filled, labels = (eval(code, {"np": np, "x": x, "labels": OWN}) for code in code_of(raised.value)[:2])
+    with pytest.warns(UserWarning, match="2 of 4 classes were never seen"):
+        means = jcl.init_from_features(CENTERS + 7, [(filled, labels)])
+    np.testing.assert_array_equal(means, [POINTS[0], [7, 7], POINTS[2], [7, 7]])
+    np.testing.assert_array_equal(jcl.center_loss(CENTERS, filled, labels), want)
     with pytest.raises(TypeError, match="masked"):
         jcl.from_torch({"centers": np.ma.masked_array(CENTERS, mask=CENTERS == 0)})
     with pytest.raises(TypeError, match="masked"):
@@ -950,6 +978,19 @@ def test_numbers_of_a_foreign_byte_order_count(dtype):
     weights = np.array([1, 0, 2], ">i4")
     got, like = (jcl.center_loss(centers, POINTS, OWN, weights=w) for w in (weights, weights.tolist()))
     np.testing.assert_array_equal(got, like)
+    lists = list(POINTS.astype(dtype)), list(OWN.astype(">i8"))
+    np.testing.assert_allclose(jcl.center_loss(centers, *lists, clip=None), want, rtol=1e-6)
+
+
+def test_lists_and_four_bits_count_as_the_numbers_they_hold():
+    many = np.zeros((300, 2), np.float32)
+    want = jcl.center_loss(many, POINTS, OWN)
+    for labels in (jnp.asarray(OWN, "int4"), OWN.tolist(), tuple(OWN), list(jnp.asarray(OWN))):
+        np.testing.assert_array_equal(jcl.center_loss(many, POINTS, labels), want)
+    for huge in (2**31 + 1, 2**32 + 1, 2**40):
+        with pytest.raises(ValueError, match=f"label {huge} is out of range"):
+            jcl.center_loss(many, POINTS, [0, 1, huge])
+    np.testing.assert_array_equal(jcl.center_loss(CENTERS, POINTS, [0, -(2**63), 2]), 5.0)
 
 
 # Every piece of advice, followed to the letter.
@@ -1023,7 +1064,19 @@ def test_advice_on_names_complex_features_row_optimizers_and_keys():
         jcl.center_loss(CENTERS, x, [0, 1])
     followed = eval(code_of(raised.value)[0], {"jnp": jnp, "x": x})
     np.testing.assert_allclose(jcl.center_loss(CENTERS, followed, [0, 1], clip=None), 25 / 2)
+    lists = {"x": POINTS.astype(int).tolist(), "where": [1, 0, 1]}
+    want = jcl.center_loss(CENTERS, POINTS, OWN, where=np.array([True, False, True]))
+    for name in lists:
+        with pytest.raises(TypeError, match=rf"{name} must be (floating|boolean)") as raised:
+            jcl.center_loss(CENTERS, **{"x": POINTS, "labels": OWN} | {name: lists[name]})
+        code = code_of(raised.value)[0].removeprefix("where=")
+        lists[name] = eval(code, {"np": np, "jnp": jnp, name: lists[name]})
+    np.testing.assert_array_equal(jcl.center_loss(CENTERS, labels=OWN, **lists), want)
     rows = jcl.row_optimizer(optax.sgd(0.1))
+    centers = jcl.nnx.CenterLoss(4, 2, rngs=nnx.Rngs(0))
+    alone = nnx.Optimizer(centers, rows, wrt=nnx.Param)
+    with pytest.raises(TypeError, match="no optax transformation"):
+        alone.update(centers, nnx.grad(lambda centers: centers(POINTS, OWN))(centers))
     with pytest.raises(ValueError, match="no optax transformation") as raised:
         nnx.Optimizer(Model(nnx.Rngs(0)), rows, wrt=nnx.Param)
     names = {"model_tx": optax.adam(1e-3), "tx": optax.sgd(0.1)}
@@ -1050,13 +1103,26 @@ def test_advice_on_shards_leads_to_centers_that_nothing_finds():
         np.testing.assert_allclose(jcl.center_metrics(filled, unused, labels)[name], value, rtol=1e-5)
 
 
-def test_advice_on_weights_of_classes_is_given_for_those_alone():
-    weights = np.array([1.0, 2.0, 3.0, 4.0])
-    with pytest.raises(ValueError, match="of classes") as raised:
-        jcl.center_loss(CENTERS, POINTS, OWN, weights=weights)
-    followed = eval(code_of(raised.value)[-1], {"weights": weights, "labels": OWN})
-    found = jcl.center_loss(CENTERS, POINTS, OWN, weights=followed, clip=None)
-    np.testing.assert_allclose(found, np.average(np.sum(POINTS**2, 1), weights=weights[OWN]), rtol=1e-6)
+@pytest.mark.parametrize("how", ["arrays", "lists", "jit", "mesh"])
+def test_advice_on_weights_of_classes_is_given_for_those_alone(how):
+    weights, labels, x = np.array([1.0, 2.0, 3.0, 4.0]), OWN, POINTS
+    want = np.average(np.sum(POINTS**2, 1), weights=weights[OWN])
+    if how == "lists":
+        weights, labels = weights.tolist(), labels.tolist()
+    if how == "mesh":
+        mesh = jax.make_mesh((3,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+        x, labels = (jax.device_put(a, jax.NamedSharding(mesh, P("d"))) for a in (x, labels))
+
+    def follow(labels):
+        with pytest.raises(ValueError, match="of classes") as raised:
+            jcl.center_loss(CENTERS, x, labels, weights=weights)
+        followed = eval(
+            code_of(raised.value)[-1], {"weights": weights, "labels": labels, "jnp": jnp, "jax": jax}
+        )
+        return jcl.center_loss(CENTERS, x, labels, weights=followed, clip=None)
+
+    found = (jax.jit(follow) if how == "jit" else follow)(labels)
+    np.testing.assert_allclose(found, want, rtol=1e-6)
     with pytest.raises(ValueError, match=r"shape of labels \(3,\), got \(5,\)") as raised:
         jcl.center_loss(CENTERS, POINTS, OWN, weights=np.ones(5))  # An old batch's, say.
     assert code_of(raised.value) == []

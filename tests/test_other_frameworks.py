@@ -168,8 +168,9 @@ def context_of(rng, **batch):
     return context, preds["features"], context["batch"]["label"], params["centers"]
 
 
+@pytest.mark.parametrize("column", [False, True], ids=["flat", "(*b, 1)"])
 @pytest.mark.parametrize("fractions", [False, True], ids=["mask", "weights"])
-def test_kauldrons_weight_and_mask_mean_what_is_meant_here(kauldron_loss, rng, fractions):
+def test_kauldrons_weight_and_mask_mean_what_is_meant_here(kauldron_loss, rng, fractions, column):
     _, loss = kauldron_loss
     mask = rng.uniform(size=12) if fractions else rng.integers(0, 2, 12).astype(float)
     mask[11] = 0
@@ -178,8 +179,10 @@ def test_kauldrons_weight_and_mask_mean_what_is_meant_here(kauldron_loss, rng, f
     context["batch"]["label"] = context["batch"]["label"].at[11].set(1)
 
     def theirs(centers, x):
-        preds = {"params": {"centers": centers}, "preds": {"features": x}}
-        return loss.get_state_from_context(context | preds).compute()
+        given = context | {"params": {"centers": centers}, "preds": {"features": x}}
+        if column:
+            given["batch"] = jax.tree.map(lambda leaf: leaf[:, None], context["batch"])
+        return loss.get_state_from_context(given).compute()
 
     def ours(centers, x):
         return 0.1 * jcl.center_loss(centers, x, context["batch"]["label"], weights=jnp.float32(mask))

@@ -153,14 +153,16 @@ def test_at_the_center_and_without_samples_gradients_are_finite(page, name):
             assert max(np.abs(grad).max() for grad in grads) < 1e-6
 
 
-@every_variant
+@pytest.mark.parametrize("name", [*VARIANTS, "oltr_loss"])
 def test_classes_that_fill_up_a_table_with_nan_change_nothing(page, draw, name):
     centers, x, labels = (jnp.asarray(a, a.dtype.kind + "4") for a in draw)
-    loss_of = jax.value_and_grad(partial(page[name], **VARIANTS[name][0]), argnums=(0, 1))
+    flags = {"margin": 100.0} if name == "oltr_loss" else VARIANTS[name][0]
+    loss_of = jax.value_and_grad(partial(page[name], **flags), argnums=(0, 1))
     loss, (by_centers, by_x) = loss_of(jnp.pad(centers, ((0, 3), (0, 0)), constant_values=jnp.nan), x, labels)
     expected, grads = loss_of(centers, x, labels)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(by_centers[:CLASSES], grads[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(by_centers[CLASSES:], 0)
     np.testing.assert_allclose(by_x, grads[1], rtol=1e-4, atol=1e-5)
 
 
@@ -305,6 +307,8 @@ def test_a_grown_training_goes_on_as_if_it_had_not_grown(page, draw, rng):
     grown_params, grown_state = page["grown"](params, wider), page["grown"](opt_state, tx.init(wider))
     assert (grown_params["head"][:, CLASSES:] == 1).all()
     assert (grown_params["centers"][CLASSES:] == 1).all()
+    filled_up = {"centers": params["centers"].at[-1].set(jnp.nan)}
+    assert (page["grown"](filled_up, {"centers": wider["centers"]})["centers"][CLASSES - 1 :] == 1).all()
     for _ in range(3):
         params, opt_state = adam_step(tx, params, opt_state, x, labels)
         grown_params, grown_state = adam_step(tx, grown_params, grown_state, x, labels)
