@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-# How a mask of these arguments leaves samples out.
+# Code, for the advice of an error, by which the masked samples of these arguments are left out.
 _LEFT_OUT = "np.ma.masked_invalid({}.astype(float)).filled(-1).astype(int)"
 _FILLED = {"labels": _LEFT_OUT, "rows": _LEFT_OUT, "where": "{}.filled(False)", "weights": "{}.filled(0)"}
+# The indices that go with features or gradients.
 _INDICES = {"x": "labels", "gradients": "rows"}
 
 
@@ -94,8 +95,8 @@ def check_plain(name: str, value: Any) -> None:
                 masked = f"np.ma.getmaskarray({name}).any(-1)"
                 indices = _INDICES[name]
                 advice = (
-                    f"`{name}.filled(0)` leaves masked samples out together with "
-                    f"`np.where({masked}, -1, {indices})` as {indices}, where there are {indices}."
+                    f"Pass `{name}.filled(0)`, and if the function takes {indices}, "
+                    f"`np.where({masked}, -1, {indices})`, so that masked samples are left out."
                 )
             raise TypeError(f"{name} must not be a masked array, of which JAX would drop the mask. {advice}")
         if has_unit(leaf):
@@ -120,7 +121,7 @@ def has_unit(value: Any) -> bool:
 
 
 def code_of(name: str, value: Any, numpy: str = "np") -> str:
-    """How the advice of an error writes the argument: what it says has to run on a list, too."""
+    """The argument as code for advice: its name, or one that makes an array of it, so that the code runs."""
     return name if isinstance(value, jax.Array | np.ndarray) else f"{numpy}.asarray({name})"
 
 

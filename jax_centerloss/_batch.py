@@ -127,7 +127,8 @@ def _class_indices_error(labels: Any, classes: jax.Array, x: jax.Array, names: N
     if _arrays.is_concrete(classes) and jnp.issubdtype(classes.dtype, jnp.floating):
         values = np.asarray(classes, np.float64)
         missing = np.isnan(values)
-        if not (missing | np.isfinite(values) & (np.floor(values) == values)).all():
+        is_whole = np.isfinite(values) & (np.floor(values) == values)
+        if not (missing | is_whole).all():
             return TypeError(f"{found}, and some are no whole numbers. Weights go into `weights`.")
         if missing.any():
             found += f", {missing.sum()} of them missing (NaN)"
@@ -174,7 +175,7 @@ def _check_concrete_values(labels: Any, where: Any, weights: Any, num_classes: i
     if not (_arrays.is_concrete(labels) and _arrays.is_concrete(where)):
         return
     values = _arrays.as_numpy(labels)
-    if values.dtype.itemsize < 4:  # 4 and 8 bits can't be compared with every number of classes.
+    if values.dtype.itemsize < 4:  # Fewer than 32 bits may not hold the number of classes.
         values = values.astype(np.int32)
     used = np.broadcast_to(True if where is None else _arrays.as_numpy(where), values.shape)
     if weights is not None:

@@ -30,12 +30,12 @@ FLOAT_ADVICE = "Centers are floating point: use jnp.float32 or jnp.bfloat16, for
 
 
 def as_after(after: Any) -> Any:
-    """Converts the leaves of `after`, results to compute before centers are overwritten, to arrays."""
+    """`after` with its leaves as arrays: results that are computed before centers are overwritten."""
     return _arrays.as_arrays("after", after, "Pass the loss, or a tree of what is computed from the centers.")
 
 
 def check_floating(dtype: DTypeLike, name: str, advice: str | None = None, code: str | None = None) -> None:
-    """Raises unless `dtype` is floating point. Advice calls the argument `code`, or else `name`."""
+    """Raises unless `dtype` is floating point. Advice writes the argument as `code`, by default its name."""
     if not jnp.issubdtype(dtype, jnp.floating):
         code = code or name
         if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -49,7 +49,7 @@ def as_table(params: Any, name: str = "params", advice: str = "") -> jax.Array:
 
     If `params` does not have exactly one leaf, the error ends with `advice`.
     """
-    # The leaf of a quantity with a unit would be its number alone.
+    # Flattening a quantity with a unit would drop the unit.
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_arrays.has_unit)
     if len(leaves) != 1:
         found = ", ".join(jax.tree_util.keystr(path) for path, _ in leaves[:8]) or "none"
@@ -109,7 +109,7 @@ def as_rounding_key(value: Any) -> jax.Array | None:
 
 
 def as_previous_table(params: Any, previous: Any, centers: jax.Array) -> jax.Array:
-    """The table in `previous`. Raises if it was donated, has another shape, or is that in `params`."""
+    """The table in `previous`. Raises if it was donated, has another shape, or is the one in `params`."""
     advice = "Keep a copy from before the steps: `previous = jax.tree.map(jnp.copy, params)`."
     leaves = [leaf for leaf in jax.tree.leaves(previous) if isinstance(leaf, jax.Array)]
     if any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in leaves):

@@ -16,7 +16,7 @@ from jax_centerloss import _batch, _checks
 from jax_centerloss._rows import placement, table
 
 _CLASS_BLOCK = 1024  # `nearest_center` scans at most this many classes at a time.
-_BLOCK_ENTRIES = 2**22  # A block of samples has at most so many distances, or one sample of each stripe.
+_BLOCK_ENTRIES = 2**22  # A block of samples has at most so many distances, unless one sample has more.
 _SAMPLED_CLASSES = 32  # The origin of features and centers is one of at most this many centers.
 
 
@@ -77,7 +77,8 @@ def squared_distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.Pre
     origin = _origin(centers, table.compute_dtype(x, centers))
     x, centers = _subtract(x, origin), _subtract(centers, origin)
     finite = _all_finite(centers)
-    # The column of such a center is NaN. Its product with x is not, so that no gradient of another is NaN.
+    # A center that is not finite is 0 in the product, so that no gradient of another one is NaN. Its own
+    # column becomes NaN below.
     centers = jnp.where(finite[:, None], centers, jnp.zeros((), x.dtype))
     cross = jnp.einsum("...d,cd->...c", x, centers, precision=precision)
     leading = (1,) * (x.ndim - 1)
@@ -103,12 +104,14 @@ def _num_stripes(size: int, mesh: Any) -> int:
 def map_in_blocks(fn: Callable[..., Any], width: int, mesh: Any, x: jax.Array, *others: jax.Array) -> Any:
     """`fn(x, *others)`, one or more arrays `(..., K)`, in blocks of samples `(...)` if they are many.
 
-    `fn` computes `width` numbers for each sample, and a copy of its features. Each axis of samples is cut
+    `fn` computes `width` numbers for each sample, and a copy of its features. It has to work for any sample
+    axes: a block has one more than `x`. Each axis of samples is cut
     into equal stripes, each within one shard. A block takes the same number of samples from every stripe, so
     that none travels.
     """
     shape = x.shape[:-1]
-    if x.dtype.itemsize >= 4:  # In a loop a CPU would convert all of a half-precision array before it.
+    # The copies of half-precision features don't make blocks: a CPU would convert all before the loop.
+    if x.dtype.itemsize >= 4:
         width = max(width, x.shape[-1])
     # In an exported program a size may be symbolic. It has no blocks.
     known = all(isinstance(size, int) for size in (*shape, width))

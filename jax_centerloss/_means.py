@@ -122,7 +122,7 @@ def _add_samples(state: _State, labels: jax.Array, x: jax.Array, *, platform: st
     (start_of_sample,) = jax.linear_transpose(batch.sum, x)(start)
     sums = batch.sum(x - start_of_sample)
     # Compensated summation: the exact old mean is `start + old_remainder`. The new one is `start + step`: the
-    # old one, and `share` times the summed differences of the new samples from it.
+    # old mean plus `share * sum(x - old mean)`.
     old_remainder = jnp.where(is_old, table.read(remainder, batch).astype(x.dtype), jnp.zeros((), x.dtype))
     step = old_remainder + share[:, None] * (sums - new_counts.astype(x.dtype)[:, None] * old_remainder)
     mean = (start + step).astype(means.dtype)

@@ -112,8 +112,8 @@ def with_center_optimizer(
         return optax.partition(chains, lambda _: labels)
 
     def init(params: Any) -> CenterOptimizerState:
-        # `optax.tree.map_params` calls `init` with an object without leaves, which then stands for the marks.
-        # An empty tree is no such object.
+        # `optax.tree.map_params` calls `init` with a placeholder without leaves, which takes the place of the
+        # marks. An empty container is not a placeholder, and `_marks` raises on it.
         is_tree = jax.tree.leaves(params) or isinstance(params, Mapping | tuple | list | None)
         marks = _marks(params, select) if is_tree else params
         return CenterOptimizerState(marks, split_by(marks).init(params))
@@ -182,7 +182,7 @@ def _marks(params: Any, select: Callable[[Path, Any], bool] | None) -> Any:
 def _find_centers(leaves: list[tuple[Path, Any]]) -> list[bool]:
     """Which leaves are centers: the Variables of every `nnx.CenterLoss`, or one leaf below a key "centers".
 
-    Raises if there is none, or if such a leaf, which is no Variable, is not the only one found.
+    Raises if there is none, or if a leaf found by its key, which is no Variable, is not the only one.
     """
     named = [path for path, _ in leaves if "centers" in path]
     keyed = ["centers" in path and not _is_variable(leaf) for path, leaf in leaves]
@@ -221,7 +221,7 @@ def _is_variable(node: Any) -> bool:
 
 def _content(node: Any) -> Any:
     """The value of a Variable, which is an array or a `MaskedNode`. Any other node is returned as it is."""
-    # A Variable is opened, but not a `MaskedNode` in it, which has no leaves.
+    # `is_leaf` stops one level down: a `MaskedNode` in a Variable has no leaves of its own.
     return jax.tree.leaves(node, is_leaf=lambda inner: inner is not node)[0] if _is_variable(node) else node
 
 

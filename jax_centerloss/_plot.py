@@ -44,7 +44,7 @@ def plot(
       previous: earlier centers, in the form of `params`: for each class that is drawn, an arrow goes from its
         earlier center to its center now.
       density: whether to draw an image of the density instead of a dot per sample, by default for more than
-        20,000 samples. The opacity shows the number of samples, and the color is the mean of theirs.
+        20,000 samples. The opacity shows the number of samples, and the color is the mean of their colors.
       ax: the Matplotlib axes to draw on, those of a new figure by default.
 
     Returns:

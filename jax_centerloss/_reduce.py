@@ -11,7 +11,7 @@ from jax_centerloss._checks import ReduceFn, Weights
 from jax_centerloss._rows import groups, placement
 from jax_centerloss._rows.placement import AxisName
 
-_FEW_FEATURES = 4  # Up to this many are summed one by one.
+_FEW_FEATURES = 4  # Up to this many are summed one by one, if D is not symbolic.
 
 T = TypeVar("T")
 
@@ -31,8 +31,8 @@ def squared_distance(x: jax.Array, rows: jax.Array, in_range: jax.Array, used: j
     is_split = sharding is not None and sharding.spec[-1] is not None
     if is_split or not groups.known_at_most(x.shape[-1], _FEW_FEATURES):
         return jnp.sum(difference * difference, axis=-1)
-    # On a CPU a reduction over two features takes longer than the rest of the loss. The compilers of GPUs and
-    # TPUs prefer neither form: a kernel or an estimate is better here and worse there.
+    # On a CPU a reduction over two features takes longer than the rest of the loss. On GPUs and TPUs
+    # neither form is faster throughout, by their compilers' kernels and estimates.
     columns = (difference[..., j] for j in range(x.shape[-1]))
     return sum((column * column for column in columns), start=jnp.zeros((), x.dtype))
 
@@ -62,8 +62,8 @@ def reduce(
 ) -> jax.Array:
     """The weighted values of samples, 0 for unused ones, or their sum or mean, over `axis_name` too.
 
-    `counted` are the samples in the denominator of the mean, by default the used ones. The loss leaves labels
-    `>= C` out there: their loss is NaN, and the gradients of other samples are as without them.
+    `counted` are the samples in the denominator of the mean, by default the used ones. The loss does not
+    count labels `>= C`: their loss is NaN, but the gradients of other samples are as without them.
     """
     if reduce_fn is jnp.mean:
         total, number = total_and_number(values, used, weights, axis_name, counted)
@@ -75,12 +75,10 @@ def reduce(
 def total_and_number(
     values: jax.Array, used: jax.Array, weights: Weights, axis_name: AxisName, counted: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Both parts of a mean: the weighted sum, and the number of samples or sum of weights (not 0 but 1)."""
+    """The weighted sum, and what a mean divides it by: the number of samples or sum of weights, 1 for 0."""
     values = _weighted(values, used, weights)
     ones = (used if counted is None else counted).astype(values.dtype)
     numbers = ones if weights is None else _weighted(ones, used, weights)
-    if weights is None:
-        numbers = lax.stop_gradient(numbers)
     total, number = _psum(_sum_both(values, numbers), axis_name)
     return total, jnp.where(number == 0, jnp.ones((), number.dtype), number)
 
@@ -95,7 +93,7 @@ def _sum_both(values: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Arr
 def _sum_both_on(values: jax.Array, numbers: jax.Array, *, platform: str) -> tuple[jax.Array, jax.Array]:
     if platform != "cpu":
         return jnp.sum(values), jnp.sum(numbers)
-    # As the rows of one array: on a CPU XLA sums them in one kernel, and each alone in three.
+    # As the rows of one array: on a CPU XLA sums both in one kernel, and each alone takes three.
     both = jnp.sum(jnp.stack([values, numbers]), axis=tuple(range(1, values.ndim + 1)))
     return both[0], both[1]
 

@@ -127,7 +127,7 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         params: Any,
         state: Any,
         x: ArrayLike,
-        labels: ArrayLike | None = None,  # None where optax's `update` is called: (updates, state, params).
+        labels: ArrayLike | None = None,  # None if called like optax's: `update(updates, state, params)`.
         *,
         rule: str = "gradient",
         where: ArrayLike | None = None,

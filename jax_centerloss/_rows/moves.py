@@ -104,8 +104,8 @@ def move_rows(
 
     def update_block(i: ArrayLike, carry: Moved) -> Moved:
         rows, new_state = carry
-        # Each block gets the old scalars of the state, such as Adam's count of steps. The leaves with a row
-        # for each class are tables: with so many classes that there are blocks, no other leaf is so long.
+        # Each block gets the old scalars of the state, such as Adam's count of steps. A leaf with C
+        # rows is a table: C is so large here that no other leaf has that length.
         num_rows = rows.shape[:1]
         mixed = jax.tree.map(lambda a, b: b if jnp.shape(b)[:1] == num_rows else a, state, new_state)
         first = jnp.asarray(i, jnp.int32) * size

@@ -45,7 +45,7 @@ def mesh_of(*arrays: ArrayLike) -> AbstractMesh | None:
 
 
 def mesh_axes(entry: Any) -> tuple[Any, ...]:
-    """The mesh axes in one entry of a `PartitionSpec`: None, a name, or a tuple of names."""
+    """The mesh axes, as a tuple, in an entry of a `PartitionSpec`, which is None, a name or a tuple."""
     if entry is None:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)

@@ -78,8 +78,8 @@ def _round_stochastically(x: jax.Array, words: jax.Array, dtype: Any) -> jax.Arr
     largest = np.asarray(half.max, np.float32).view(np.uint32)
     rounded = lax.bitcast_convert_type(jnp.minimum(up, largest), jnp.float32)
     if half.smallest_normal > single.smallest_normal:
-        # Below its smallest normal number float16 has units of one size, and `q` is a fixed-point number with
-        # `fraction` binary places: below 2**31, so that a sum with random bits fits 32 bits.
+        # Below its smallest normal number float16 has units of one size, and `q` is `units / 2**fraction`.
+        # `units` is below 2**31, so that the sum with random bits fits 32 bits.
         fraction = 31 - half.nmant
         units = (jnp.abs(x) * np.float32(2.0**31 / float(half.smallest_normal))).astype(jnp.uint32)
         small = ((units + (words >> (32 - fraction))) >> fraction).astype(jnp.float32)
