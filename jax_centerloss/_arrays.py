@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-# Code, for the advice of an error, by which the masked samples of these arguments are left out.
+# Code that errors advise, to leave out the masked samples of these arguments.
 _LEFT_OUT = "np.ma.masked_invalid({}.astype(float)).filled(-1).astype(int)"
 _FILLED = {"labels": _LEFT_OUT, "rows": _LEFT_OUT, "where": "{}.filled(False)", "weights": "{}.filled(0)"}
 # The indices that go with features or gradients.
@@ -121,7 +121,7 @@ def has_unit(value: Any) -> bool:
 
 
 def code_of(name: str, value: Any, numpy: str = "np") -> str:
-    """The argument as code for advice: its name, or one that makes an array of it, so that the code runs."""
+    """The argument as code for advice: its name, or `np.asarray(name)` if it is no array, so that it runs."""
     return name if isinstance(value, jax.Array | np.ndarray) else f"{numpy}.asarray({name})"
 
 

@@ -94,7 +94,7 @@ def as_batch(
 
 def _as_class_indices(labels: ArrayLike, x: jax.Array, names: Names) -> jax.Array:
     advice = (
-        "Pass integer classes, -1 for a missing one. Number names once, for the whole data set: "
+        "Pass integer classes, -1 for a missing one. Turn names into numbers once, for the whole data set: "
         "`names, labels = np.unique(all_names, return_inverse=True)`."
     )
     classes = _arrays.as_array(names.labels, labels, advice)
@@ -168,9 +168,9 @@ def _as_per_sample(name: str, array: jax.Array, x: jax.Array, names: Names, advi
 def _check_concrete_values(labels: Any, where: Any, weights: Any, num_classes: int, names: Names) -> None:
     """Raises on a label `>= C` and on a negative weight, where the values are known to this process.
 
-    Labels, masks and weights that are on a device are copied to the host for that. Not checked are samples
-    that `where` excludes, weights of samples with a negative label, and labels of samples of weight 0; nor
-    any label if the mask or the weights are traced, since they may leave its sample out.
+    Labels, masks and weights that are on a device are copied to the host for that. Samples that are left out
+    are skipped. Nothing is checked if one of the three is traced: weights need the labels to be known, and a
+    traced mask or weight may leave samples out.
     """
     if not (_arrays.is_concrete(labels) and _arrays.is_concrete(where)):
         return

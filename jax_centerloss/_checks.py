@@ -30,12 +30,12 @@ FLOAT_ADVICE = "Centers are floating point: use jnp.float32 or jnp.bfloat16, for
 
 
 def as_after(after: Any) -> Any:
-    """`after` with its leaves as arrays: results that are computed before centers are overwritten."""
+    """The leaves of `after` as arrays: they are computed before the centers are written."""
     return _arrays.as_arrays("after", after, "Pass the loss, or a tree of what is computed from the centers.")
 
 
 def check_floating(dtype: DTypeLike, name: str, advice: str | None = None, code: str | None = None) -> None:
-    """Raises unless `dtype` is floating point. Advice writes the argument as `code`, by default its name."""
+    """Raises unless `dtype` is floating point. In the advice `code` stands for the argument, or its name."""
     if not jnp.issubdtype(dtype, jnp.floating):
         code = code or name
         if jnp.issubdtype(dtype, jnp.complexfloating):

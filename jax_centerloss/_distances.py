@@ -1,7 +1,5 @@
 """Distances to all centers: pure functions of the centers and the features."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,11 +10,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_centerloss import _batch, _checks
+from jax_centerloss import _batch, _blocks, _checks
 from jax_centerloss._rows import placement, table
 
 _CLASS_BLOCK = 1024  # `nearest_center` scans at most this many classes at a time.
-_BLOCK_ENTRIES = 2**22  # A block of samples has at most so many distances, unless one sample has more.
 _SAMPLED_CLASSES = 32  # The origin of features and centers is one of at most this many centers.
 
 
@@ -91,65 +88,6 @@ def squared_distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.Pre
     return jnp.where(finite, distances, np.full((), np.nan, distances.dtype))
 
 
-def _num_stripes(size: int, mesh: Any) -> int:
-    """Into how many equal stripes an axis is cut, so that each lies in one shard.
-
-    The number of shards divides the size of the axis and that of the mesh, and so divides their gcd. If the
-    mesh is unknown, the number of devices is used: on a smaller mesh a stripe may span two shards, which
-    costs speed.
-    """
-    return math.gcd(size, jax.device_count() if mesh is None else mesh.size)
-
-
-def map_in_blocks(fn: Callable[..., Any], width: int, mesh: Any, x: jax.Array, *others: jax.Array) -> Any:
-    """`fn(x, *others)`, one or more arrays `(..., K)`, in blocks of samples `(...)` if they are many.
-
-    `fn` computes `width` numbers for each sample, and a copy of its features. It has to work for any sample
-    axes: a block has one more than `x`. Each axis of samples is cut
-    into equal stripes, each within one shard. A block takes the same number of samples from every stripe, so
-    that none travels.
-    """
-    shape = x.shape[:-1]
-    # The copies of half-precision features don't make blocks: a CPU would convert all before the loop.
-    if x.dtype.itemsize >= 4:
-        width = max(width, x.shape[-1])
-    # In an exported program a size may be symbolic. It has no blocks.
-    known = all(isinstance(size, int) for size in (*shape, width))
-    if not known or math.prod(shape) * width <= _BLOCK_ENTRIES:
-        return fn(x, *others)
-    rank = len(shape)
-    stripes = [_num_stripes(size, mesh) for size in shape]
-    lengths = [size // number for size, number in zip(shape, stripes, strict=True)]
-    # The order that brings the axes (stripe 0, length 0, stripe 1, ...) to (stripes, lengths).
-    stripes_first = np.arange(2 * rank).reshape(rank, 2).T.reshape(-1)
-    length = math.prod(lengths)
-    block = max(1, min(length, _BLOCK_ENTRIES // (width * math.prod(stripes))))
-
-    def split(array: jax.Array) -> jax.Array:  # To (*stripes, length, ...).
-        rest = array.shape[rank:]
-        pairs = [size for pair in zip(stripes, lengths, strict=True) for size in pair]
-        array = array.reshape(*pairs, *rest).transpose(*stripes_first, *range(2 * rank, 2 * rank + len(rest)))
-        return array.reshape(*stripes, -1, *rest)
-
-    def join(blocks: jax.Array) -> jax.Array:  # From (blocks, *stripes, block, K).
-        # The last block is kept whole. The others end where it begins.
-        first = jnp.moveaxis(blocks[:-1], 0, rank).reshape(*stripes, -1, blocks.shape[-1])
-        first = lax.slice_in_dim(first, 0, length - block, axis=rank)
-        joined = jnp.concatenate([first, blocks[-1]], axis=rank).reshape(*stripes, *lengths, -1)
-        return joined.transpose(*np.argsort(stripes_first), 2 * rank).reshape(*shape, -1)
-
-    arrays = [split(array) for array in (x, *others)]
-    # The last block is moved back until it fits, and computes some samples again.
-    starts = jnp.minimum(jnp.arange(-(-length // block), dtype=jnp.int32) * block, length - block)
-
-    @jax.checkpoint  # Gradients compute a block again, instead of keeping its distances.
-    def compute(start: jax.Array) -> Any:
-        return fn(*(lax.dynamic_slice_in_dim(array, start, block, axis=rank) for array in arrays))
-
-    blocks = lax.map(compute, starts)
-    return jax.tree.map(join, blocks)
-
-
 def _all_finite(vectors: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(vectors), axis=-1)
 
@@ -220,7 +158,7 @@ def _nearest_in_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
     origin = _origin(centers, table.compute_dtype(x, centers))
     # A block takes the same number of classes from each stripe. Stripes are equal, contiguous blocks of
     # classes, each in one shard, so that each device scans only its own classes.
-    stripes = _num_stripes(centers.shape[0], placement.mesh_of(centers))
+    stripes = _blocks.num_stripes(centers.shape[0], placement.mesh_of(centers))
     length = centers.shape[0] // stripes
     striped = centers.reshape(stripes, length, -1)
     block = min(length, max(1, _CLASS_BLOCK // stripes))
@@ -254,7 +192,9 @@ def _nearest_in_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
         )
         return best
 
-    value, labels = map_in_blocks(nearest_in_stripes, stripes * block, placement.mesh_of(centers, x), x)
+    value, labels = _blocks.map_in_blocks(
+        nearest_in_stripes, stripes * block, placement.mesh_of(centers, x), x
+    )
     nearest = value == jnp.min(value, axis=-1, keepdims=True)
     label = jnp.min(jnp.where(nearest, labels, np.int32(centers.shape[0])), axis=-1)
     return jnp.where(_all_finite(x), label, np.int32(-1))

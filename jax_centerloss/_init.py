@@ -114,7 +114,7 @@ def _check_shards(sharding: NamedSharding, shape: tuple[int, int]) -> None:
             advice = f"Round it up to {rounded}."
             if name == "num_classes":
                 advice += (
-                    " No label names the additional classes. Set their centers to NaN, so that "
+                    " The additional classes have no samples. Set their centers to NaN, so that "
                     "`nearest_center` and `center_metrics` do not find them either: "
                     f"`jnp.where(jnp.arange({rounded})[:, None] < {size}, centers, jnp.nan)`."
                 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_centerloss import _batch, _checks, _distances, _reduce
+from jax_centerloss import _batch, _blocks, _checks, _distances, _reduce
 from jax_centerloss._batch import Batch
 from jax_centerloss._rows import groups, placement, table
 from jax_centerloss._rows.placement import AxisName
@@ -154,5 +154,5 @@ def _nearest_other(centers: jax.Array, x: jax.Array, labels: jax.Array, used: ja
         return jnp.min(distances, axis=-1, keepdims=True)
 
     mesh = placement.mesh_of(centers, x, labels)
-    distance: jax.Array = _distances.map_in_blocks(nearest, classes.shape[0], mesh, x, labels, used)
+    distance: jax.Array = _blocks.map_in_blocks(nearest, classes.shape[0], mesh, x, labels, used)
     return distance[..., 0]

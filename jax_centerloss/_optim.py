@@ -14,7 +14,7 @@ from jax_centerloss._row_optimizer import check_transformation
 from jax_centerloss._rows import table
 
 Path = tuple[str | int, ...]
-_MARKS = (optax.EmptyState, optax.MaskedNode)  # Of centers and of other leaves.
+_MARKS = (optax.EmptyState, optax.MaskedNode)  # Stand for a leaf of centers, and for any other.
 
 # Metadata by which the Variables of `nnx.CenterLoss` are told from those of other layers.
 OWNER = {"owner": "jax_centerloss.CenterLoss"}
@@ -221,7 +221,7 @@ def _is_variable(node: Any) -> bool:
 
 def _content(node: Any) -> Any:
     """The value of a Variable, which is an array or a `MaskedNode`. Any other node is returned as it is."""
-    # `is_leaf` stops one level down: a `MaskedNode` in a Variable has no leaves of its own.
+    # `is_leaf` makes the Variable's value a leaf: a `MaskedNode` would have none.
     return jax.tree.leaves(node, is_leaf=lambda inner: inner is not node)[0] if _is_variable(node) else node
 
 

@@ -93,7 +93,7 @@ def _sum_both(values: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Arr
 def _sum_both_on(values: jax.Array, numbers: jax.Array, *, platform: str) -> tuple[jax.Array, jax.Array]:
     if platform != "cpu":
         return jnp.sum(values), jnp.sum(numbers)
-    # As the rows of one array: on a CPU XLA sums both in one kernel, and each alone takes three.
+    # As the rows of one array: on a CPU XLA sums both in one kernel, but needs three for each sum of its own.
     both = jnp.sum(jnp.stack([values, numbers]), axis=tuple(range(1, values.ndim + 1)))
     return both[0], both[1]
 

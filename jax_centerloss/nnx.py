@@ -191,7 +191,7 @@ class CenterLoss(nnx.Module):
         Args are those of `jax_centerloss.update_centers`, without `axis_name`, which is the module's. Call it
         once in each step, with the features of the step and with the loss as `after`. No gradient passes
         through it. With bfloat16 centers pass `rounding_key=rngs.rounding()`: it is a new key in each step if
-        `rngs`, which counts the keys, is part of the model.
+        the model holds `rngs`, which counts them.
 
         It is meant for `centers_as="state"`. Parameters would move twice in a step, unless the optimizer
         leaves them alone. `"gradient"` is the gradient of the loss of this module, with its `clip` (of the

@@ -217,6 +217,9 @@ ERRORS = {
     "no parameter is known to belong to an nnx.CenterLoss": replaced,
     'several parameters are below a key "centers"': lambda: with_center_optimizer().init(TWO),
     "no parameter was picked by select": lambda: with_center_optimizer(select=lambda *_: False).init(TWO),
+    "numpy masked arrays are not supported": lambda: jax.jit(jax_centerloss.center_loss)(
+        CENTERS, CENTERS[:2], np.ma.masked_array(LABELS, mask=LABELS == 1)
+    ),
     "label 10 is out of range for 10 classes": lambda: jax_centerloss.center_loss(
         CENTERS, CENTERS[:2], LABELS
     ),

@@ -187,7 +187,7 @@ def _last_by_sorting(labels: jax.Array) -> jax.Array:
     """The position of the last sample of the same class, by sorting."""
     sorted_labels, order = _sort_by_class(labels)
     position = jnp.arange(labels.size, dtype=jnp.int32)
-    # A run ends at the nearest position, at or after that of a sample, where `_ends_run` holds. The sort is
+    # A sample's run ends at the next position, its own included, where `_ends_run` holds. The sort is
     # stable, so that the last sample of a run is also the last one of its class in the batch.
     end = lax.cummin(jnp.where(_ends_run(sorted_labels), position, NO_SLOT), reverse=True)
     last = order.at[end].get(mode="promise_in_bounds")

@@ -27,7 +27,9 @@ class Samples(NamedTuple):
 
     classes: jax.Array  # (N,) int32, the class whose row a sample moves, or `NO_CLASS`.
     values: jax.Array  # (N, D), summed by class.
-    counted: jax.Array  # (N,), as how many it counts, not 0 if it has a class. NaN makes that whole row NaN.
+    counted: (
+        jax.Array
+    )  # (N,), its weight in the count of its class, not 0 if it has one. NaN makes that row NaN.
     kept: jax.Array | None  # (N,) bool, or None for all. Other samples count, but add no value.
     ready: jax.Array  # Always True, computed from what has to be read before rows are written.
 

@@ -65,9 +65,9 @@ def _round_stochastically(x: jax.Array, words: jax.Array, dtype: Any) -> jax.Arr
     """Rounds float32 `x` to one of its two neighbours in `dtype`, so that the mean of the result is `x`.
 
     With `u` uniform in [0, 1), a magnitude of `q` units in the last place is rounded to `floor(q + u)`,
-    whose mean is `q`. In the code `q` and `u` are integers, in steps of `2**-dropped` units. Their sum is
-    exact. A number above the largest finite one of `dtype`, but below the next power of two, becomes the
-    largest finite one.
+    whose mean is `q`. The code has `q` and `u` as the integers `bits` and `words`, which count `2**-dropped`
+    units. Their sum is exact. A number above the largest finite one of `dtype`, but below the next power of
+    two, becomes the largest finite one.
     """
     half = jnp.finfo(dtype)
     single = jnp.finfo(jnp.float32)
@@ -78,8 +78,8 @@ def _round_stochastically(x: jax.Array, words: jax.Array, dtype: Any) -> jax.Arr
     largest = np.asarray(half.max, np.float32).view(np.uint32)
     rounded = lax.bitcast_convert_type(jnp.minimum(up, largest), jnp.float32)
     if half.smallest_normal > single.smallest_normal:
-        # Below its smallest normal number float16 has units of one size, and `q` is `units / 2**fraction`.
-        # `units` is below 2**31, so that the sum with random bits fits 32 bits.
+        # Below its smallest normal number float16 has units of one size, and `units` is |x| in steps
+        # of 2**-fraction of one. It is below 2**31, so that the sum with random bits fits 32 bits.
         fraction = 31 - half.nmant
         units = (jnp.abs(x) * np.float32(2.0**31 / float(half.smallest_normal))).astype(jnp.uint32)
         small = ((units + (words >> (32 - fraction))) >> fraction).astype(jnp.float32)

@@ -22,8 +22,8 @@ _NUM_CLASSES, _FEAT_DIM = 130, 128
 _TOUCHED = ([5, 2, 9], [5, 9, 77], [2, 9, 5], [2, 129, 0], [7, 5, 2], [9, 2, 1], [7, 3, 4], [5, 129, 9])
 # The sizes of the steps' gradients: tiny, usual, or large enough for clipping.
 _SIZES = (1e-3, 1.0, 1.0, 1e3, 1.0, 1e3, 1.0, 1e8)
-# States of transformations that need several calls with the same rows. The trial restores the rows that a
-# step does not touch, and so can't see what such a state would do to them.
+# States of transformations that need several calls with the same rows. The trial does not look at
+# rows that a step does not touch, which such a state would change later.
 _ACCUMULATES = (optax.MultiStepsState, optax.ApplyEvery, optax.contrib.SAMState, optax.contrib.MechanicState)
 
 

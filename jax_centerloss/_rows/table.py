@@ -63,9 +63,9 @@ def _gather_tangent(
     """`tangent[index]`, with the sharding of `rows`. JAX transposes it to get the backward pass.
 
     The backward pass has to (1) replicate the gradients of samples, (2) on a GPU sum them by class, and (3)
-    add them to rows of one table of zeros, not of one for each shard. JAX transposes this function, so it
-    does the reverse: a gather, whose transpose is (3), then the transpose of (1) and (2). A function that
-    does all three steps can't be transposed on every mesh.
+    add them to rows of one table of zeros, not of one for each shard. This function is the transpose of
+    these steps, in reverse order: a gather for (3), then the transpose of (1) and (2). A function that does
+    all three steps can't be transposed on every mesh.
     """
     flat = index.reshape(-1)
     if platform == "gpu":

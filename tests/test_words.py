@@ -1,0 +1,165 @@
+"""The spelling corrector: its typos, its softmax over some of the classes, and its training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import words as example
+
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
+
+FLAGS = ["--steps", "60", "--batch-size", "32", "--negatives", "64", "--feat-dim", "16", "--warmup", "10"]
+
+
+def arguments(*flags):
+    return example.parse_args([*FLAGS, "--buckets", "512", "--lr", "0.01", *flags])
+
+
+@pytest.fixture(scope="module")
+def words():
+    pytest.importorskip("english_words")
+    return example.load_words(200)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    monkeypatch.setattr(example, "make_mesh", lambda: None)
+
+
+def is_one_edit(word, typo):
+    letters = [chr(ord("a") + i) for i in range(26)]
+    cuts = [(word[:i], word[i:]) for i in range(len(word) + 1)]
+    one_off = {a + b[1:] for a, b in cuts if b} | {a + c + b for a, b in cuts for c in letters}
+    one_off |= {a + c + b[1:] for a, b in cuts if b for c in letters}
+    one_off |= {a + b[1] + b[0] + b[2:] for a, b in cuts if len(b) > 1}
+    return typo in one_off - {word}
+
+
+def test_every_class_is_a_word_of_the_list():
+    pytest.importorskip("english_words")
+    every = example.load_words(None)
+    assert len(every) == len(np.unique(every, axis=0)) == 257_195
+    lengths = np.count_nonzero(every, axis=1)
+    assert (lengths.min(), lengths.max()) == (4, 16)
+    np.testing.assert_array_equal(example.load_words(5), every[:5])
+
+
+def test_a_typo_is_one_edit_and_none_of_the_test_is_in_the_training(words):
+    random = np.random.default_rng(0)
+    kinds = set()
+    seen = {unseen: set() for unseen in (False, True)}
+    for _ in range(20):
+        for unseen in seen:
+            found = example.as_text(example.typos(words, random, unseen=unseen))
+            for word, typo in zip(example.as_text(words), found, strict=True):
+                assert is_one_edit(word, typo)
+                kinds.add(len(typo) - len(word))
+            seen[unseen] |= set(found)
+    assert kinds == {-1, 0, 1}
+    assert not seen[False] & seen[True]
+
+
+def test_grams_are_those_of_the_marked_word():
+    one, other = (example.as_letters([word]) for word in ("abcd", "abce"))
+    grams = [set(example.grams_of(letters, 2**31).ravel().tolist()) - {0} for letters in (one, other)]
+    # Of ^abcd$: 6 letters, 5 pairs, 4 triples, 3 quadruples. Those with the last letter differ.
+    assert [len(found) for found in grams] == [18, 18]
+    assert len(grams[0] & grams[1]) == 4 + 1 + 3 + 2 + 1
+    assert example.grams_of(one, 64).max() < 64
+
+
+def test_with_all_classes_it_is_the_full_softmax(rng):
+    x, head = rng.normal(size=(7, 3)).astype(np.float32), rng.normal(size=(11, 3)).astype(np.float32)
+    labels = rng.integers(0, 11, 7)
+    found = jax.value_and_grad(example.sampled_softmax, (0, 1))(x, head, jnp.arange(11), labels)
+    full = jax.value_and_grad(
+        lambda x, head: optax.softmax_cross_entropy_with_integer_labels(x @ head.T, labels).mean(), (0, 1)
+    )(x, head)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(full), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_over_some_classes_it_is_the_softmax_of_these(rng):
+    x, head = rng.normal(size=(4, 3)), rng.normal(size=(11, 3))
+    classes, labels = np.array([-1, -1, 0, 3, 5, 9]), np.array([3, 3, 9, 0])
+
+    def by_hand(margin):
+        a, b = x, head
+        if margin:
+            a, b = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (x, head))
+        logits = a @ b[classes[2:]].T
+        own = np.searchsorted(classes[2:], labels)
+        logits[np.arange(4), own] -= margin
+        logits *= 16 if margin else 1
+        return np.mean(np.log(np.exp(logits).sum(-1)) - logits[np.arange(4), own])
+
+    rows = np.float32(np.where(classes[:, None] >= 0, head[np.maximum(classes, 0)], 1.0))
+    for margin in (0.0, 0.2):
+        found = example.sampled_softmax(np.float32(x), rows, classes, labels, margin)
+        np.testing.assert_allclose(found, by_hand(margin), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
+def test_it_names_typos_that_training_never_saw(words, capsys, tmp_path):
+    flags = [*FLAGS, "--classes", "200", "--steps", "300", "--lr", "0.01", "--typos", "100"]
+    results = example.main([*flags, "--select", "--grid", "0.01", "--out", str(tmp_path)])
+    for runs in results.values():
+        assert runs[0]["center"] > 60
+        assert runs[0]["head"] > 30
+    assert "200 classes, 100 typos never seen" in capsys.readouterr().out
+    scaled = example.main([*flags, "--scaling", "--out", str(tmp_path)])
+    assert list(scaled) == [200]
+    assert (tmp_path / "words.png").read_bytes().startswith(b"\x89PNG")
+
+
+def tables(now):
+    return {"head": now.head["centers"], "centers": now.centers["centers"]}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
+def test_a_restart_goes_on_where_the_run_was(words, tmp_path, monkeypatch):
+    args = arguments("--checkpoints", str(tmp_path), "--every", "25")
+    bar = example.progress(0, "step")
+    _, whole = example.run(arguments(), words, "center", 0.01, 3, bar)
+    steps, batches = [], example.batches
+
+    def stops(*given):
+        for batch in batches(*given):
+            if len(steps) == 40:
+                raise KeyboardInterrupt
+            steps.append(batch)
+            yield batch
+
+    monkeypatch.setattr(example, "batches", stops)
+    with pytest.raises(KeyboardInterrupt):
+        example.run(args, words, "center", 0.01, 3, bar)
+    monkeypatch.setattr(example, "batches", batches)
+    _, resumed = example.run(args, words, "center", 0.01, 3, bar)
+    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_on_a_mesh_the_numbers_are_those_of_one_device(words, monkeypatch):
+    bar = example.progress(0, "step")
+    args = arguments("--steps", "20")
+    with monkeypatch.context() as patch:
+        patch.setattr(example, "make_mesh", lambda: None)
+        _, one = example.run(args, words, "center", 0.01, 0, bar)
+    trainer, eight = example.run(args, words, "center", 0.01, 0, bar)
+    assert trainer.mesh.size == jax.device_count() > 1
+    for name, found in tables(eight).items():
+        assert found.sharding.spec[0] == "classes"
+        np.testing.assert_allclose(found[:200], tables(one)[name][:200], rtol=1e-3, atol=1e-4)
+    assert np.abs(tables(eight)["centers"]).max() > 0.1
+    assert len(example.judge(args, trainer, eight, words, np.arange(100))["typos"]) == 100
+
+
+def test_a_step_writes_its_rows_in_place(words):
+    trainer = example.Trainer(arguments(), 200_000)
+    batch = next(example.batches(arguments(), words, 0))
+    program = trainer.step.lower(trainer.start(0), batch, np.float32(0), pull=True).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 200_000 * 16 * 4 / 4  # A quarter of one table.
