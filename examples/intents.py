@@ -398,7 +398,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_flags(parser, warmup=2, batch_size=256, seeds=10, lr=2e-3, quick="3 epochs, two λ")
     args = parser.parse_args(argv)
     if args.quick:
-        args.epochs, args.select, args.grid = min(args.epochs, 3), 1, args.grid[1:3]
+        args.epochs, args.select, args.grid = min(args.epochs, 3), 1, args.grid[:2]
     chosen = args.arms or [arm for arm in ARMS if args.imbalanced or arm != "weighted"]
     args.arms = [arm for arm in ARMS if arm in chosen]
     check_flags(parser, args)

@@ -4,7 +4,7 @@
 
 trains a network on typos, each a word with one letter replaced, dropped, inserted or swapped with the next.
 Then it names the words of 2,000 typos that training never saw, out of all words: by the softmax layer, and by
-the nearest center. No step looks at all classes: the softmax is over the classes of the batch and 4,096 drawn
+the nearest center. No step looks at all classes: the softmax is over the classes of the batch and 2,048 drawn
 ones, and a row optimizer moves their rows; the centers move by rule. Three arms: softmax alone, a penalty on
 the norm of the features, and center loss. Centers follow the features in all of them, and pull in the last.
 
@@ -13,6 +13,7 @@ the norm of the features, and center loss. Centers follow the features in all of
 """
 
 import argparse
+import json
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -51,6 +52,8 @@ SIGNS = "abcdefghijklmnopqrstuvwxyz0123456789"  # Numbered from 1; 0 is what fol
 LETTERS = 26  # Typos put in letters only.
 FIRST, LAST = len(SIGNS) + 1, len(SIGNS) + 2  # The marks before and after a word.
 GRAMS = (1, 2, 3, 4)  # The lengths of the letter n-grams.
+# The flags on which a run depends, beside its arm, λ, words and seed.
+SETTINGS = ("steps", "batch_size", "negatives", "margin", "feat_dim", "buckets", "lr", "alpha", "warmup")
 HELD_BACK = 8  # One typo in so many, by its hash, is kept for the test.
 
 
@@ -187,6 +190,10 @@ class Training(NamedTuple):
     centers: dict[str, jax.Array]
 
 
+def unit(vectors: jax.Array) -> jax.Array:
+    return vectors * jax.lax.rsqrt(jnp.maximum(jnp.sum(vectors**2, axis=-1, keepdims=True), 1e-12))
+
+
 def sampled_softmax(
     x: jax.Array, rows: jax.Array, classes: jax.Array, labels: jax.Array, margin: float = 0.0
 ) -> jax.Array:
@@ -197,7 +204,7 @@ def sampled_softmax(
     """
     own = jnp.searchsorted(classes, labels)
     if margin:
-        x, rows = (v / jnp.maximum(jnp.linalg.norm(v, axis=-1, keepdims=True), 1e-6) for v in (x, rows))
+        x, rows = unit(x), unit(rows)
     logits = x @ rows.T
     if margin:
         logits = 16 * (logits - margin * jax.nn.one_hot(own, len(classes)))
@@ -264,8 +271,7 @@ def run(args: argparse.Namespace, words: np.ndarray, arm: str, lam: float, seed:
     """Trains one arm, from its last checkpoint if there is one. Returns the trainer and the training."""
     trainer = Trainer(args, len(words), make_mesh())
     now, first = trainer.start(seed), 0
-    folder = args.checkpoints and (args.checkpoints / f"{arm}-{lam:g}-{len(words)}-{seed}").absolute()
-    saved = ocp.CheckpointManager(folder, item_handlers=ocp.StandardCheckpointHandler()) if folder else None
+    saved = checkpoints_of(args, f"{arm}-{lam:g}-{len(words)}-{seed}")
     if saved is not None and saved.latest_step() is not None:
         first = saved.latest_step()
         now = saved.restore(first, args=ocp.args.StandardRestore(now))
@@ -285,6 +291,22 @@ def run(args: argparse.Namespace, words: np.ndarray, arm: str, lam: float, seed:
     return trainer, now
 
 
+def checkpoints_of(args: argparse.Namespace, run: str) -> ocp.CheckpointManager | None:
+    """The checkpoints of a run, which go on with the same flags only. None without --checkpoints."""
+    if not args.checkpoints:
+        return None
+    folder = (args.checkpoints / run).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps({name: getattr(args, name) for name in SETTINGS})
+    file = folder / "settings.json"
+    if file.exists() and file.read_text() != settings:
+        raise SystemExit(f"{folder} is of a run with other flags: {file.read_text()}. Take another folder.")
+    file.write_text(settings)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    handler = ocp.StandardCheckpointHandler()
+    return ocp.CheckpointManager(folder / "steps", item_handlers=handler, options=options)
+
+
 def make_mesh() -> Any:
     """All devices, for the tables of classes; None if there is one."""
     return (
@@ -299,17 +321,20 @@ def judge(
 ) -> dict[str, Any]:
     """The words that each judge names for one unseen typo of each chosen word, and how many are right."""
     letters = typos(words[chosen], np.random.default_rng(99), unseen=True)
+    is_word = np.isin(hashes(letters), hashes(words))  # Such a typo, as "form" for "from", is ambiguous.
+    letters, chosen = letters[~is_word], chosen[~is_word]
     x = jax.jit(trainer.encode)(now.encoder, grams_of(letters, args.buckets))
     centers, head = now.centers["centers"][: len(words)], now.head["centers"][: len(words)]
+    if args.margin:  # Trained by cosines.
+        head = unit(head)
 
     @jax.jit
-    def by_head(x: jax.Array) -> jax.Array:
+    def by_head(x: jax.Array, head: jax.Array) -> jax.Array:
         return jnp.argmax(x @ head.T, axis=-1)
 
+    parts = np.array_split(x, max(1, len(x) // 100))
     named = {
-        "head": np.concatenate(
-            [np.asarray(by_head(part)) for part in np.array_split(x, max(1, len(x) // 100))]
-        ),
+        "head": np.concatenate([np.asarray(by_head(part, head)) for part in parts]),
         "center": np.asarray(jax_centerloss.nearest_center(centers, x)),
     }
     right = {judge: 100 * float(np.mean(found == chosen)) for judge, found in named.items()}
@@ -333,7 +358,7 @@ def select(args: argparse.Namespace, words: np.ndarray, chosen: np.ndarray) -> d
             found[arm, lam] = right["center"]
             rows.append([ARMS[arm], f"{lam:g}", *(f"{right[name]:.1f}" for name in JUDGES)])
             bar.write(" ".join(rows[-1]))
-    print(f"\nTypos of {len(chosen):,} other words, one seed:\n")
+    print(f"\nTypos of {len(chosen):,} other words, one seed; λ is chosen by the nearest center:\n")
     print(markdown(["arm", "λ", *JUDGES.values()], rows))
     best = {arm: max((r for r in runs if r[0] == arm), key=found.get)[1] for arm in args.arms}
     print("\nChosen:", ", ".join(f"λ = {lam:g} for {ARMS[arm]}" for arm, lam in best.items()))
@@ -445,10 +470,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--classes", type=number(int, 10), help="how many words; all by default")
     add("--steps", type=number(int, 1), default=12_000, help="steps of each run")
-    add("--negatives", type=number(int, 1), default=4096, help="classes drawn for the softmax of each step")
+    add("--negatives", type=number(int, 1), default=2048, help="classes drawn for the softmax of each step")
     add("--margin", type=number(float, 0), default=0.0, help="of a softmax over cosines; 0: over products")
     add("--feat-dim", type=number(int, 2), default=128, help="features per word")
-    add("--buckets", type=number(int, 2), default=2**15, help="rows of the embedding of n-grams")
+    add("--buckets", type=number(int, 2), default=2**13, help="rows of the embedding of n-grams")
     add("--typos", type=number(int, 1), default=2000, help="typos of the test")
     add("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="which to train")
     add("--lam-center", type=number(float, 0), default=0.01, help="weight λ of the center loss")
@@ -462,6 +487,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--warmup", type=number(int, 0), default=1000, help="steps over which λ rises linearly")
     args = parser.parse_args(argv)
     args.arms = [arm for arm in ARMS if arm in args.arms]
+    if args.scaling and args.select:
+        parser.error("argument --select: not with --scaling, which takes --lam-center")
     if args.quick:
         args.seeds, args.steps, args.typos = 1, min(args.steps, 300), min(args.typos, 500)
         args.classes, args.warmup = min(args.classes or 5000, 5000), min(args.warmup, 50)

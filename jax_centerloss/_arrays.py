@@ -17,6 +17,7 @@ _LEFT_OUT = "np.ma.masked_invalid({}.astype(float)).filled(-1).astype(int)"
 _FILLED = {"labels": _LEFT_OUT, "rows": _LEFT_OUT, "where": "{}.filled(False)", "weights": "{}.filled(0)"}
 # The indices that go with features or gradients.
 _INDICES = {"x": "labels", "gradients": "rows"}
+_UNITS = ("unit", "units")
 
 
 def as_array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.Array:
@@ -41,7 +42,8 @@ def as_array(name: str, value: Any, advice: str, kind: str = "an array") -> jax.
         cause = f" ({first_line(error)})" if is_foreign else ""
         raise TypeError(f"{name} must be {kind}, got {describe(value)}{cause}. {advice}") from error
     if array is not value:
-        check_plain(name, array)  # Some arrays show a mask or a unit only when they are converted.
+        # Some arrays show a mask or a unit only when they are converted.
+        check_plain(name, array, code=f"np.asanyarray({name})")
     return result
 
 
@@ -84,18 +86,22 @@ def as_numpy(value: Any) -> np.ndarray[Any, Any]:
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
-def check_plain(name: str, value: Any) -> None:
-    """Raises for an array, or a list with one, whose mask or unit `np.asarray` would drop."""
+def check_plain(name: str, value: Any, code: str | None = None) -> None:
+    """Raises for an array, or a list with one, whose mask or unit `np.asarray` would drop.
+
+    In the advice `code` stands for the argument, or its name.
+    """
+    code = code or name
     for leaf in jax.tree.leaves(value, is_leaf=has_unit) if isinstance(value, list | tuple) else [value]:
         if isinstance(leaf, np.ndarray) and hasattr(leaf, "mask"):
             advice = "Pass plain numbers."
             if name in _FILLED and leaf is value:
-                advice = f"`{_FILLED[name].format(name)}` leaves masked samples out."
+                advice = f"`{_FILLED[name].format(code)}` leaves masked samples out."
             elif name in _INDICES and leaf is value:
-                masked = f"np.ma.getmaskarray({name}).any(-1)"
+                masked = f"np.ma.getmaskarray({code}).any(-1)"
                 indices = _INDICES[name]
                 advice = (
-                    f"Pass `{name}.filled(0)`, and if the function takes {indices}, "
+                    f"Pass `{code}.filled(np.nan)`, and if the function takes {indices}, "
                     f"`np.where({masked}, -1, {indices})`, so that masked samples are left out."
                 )
             raise TypeError(f"{name} must not be a masked array, of which JAX would drop the mask. {advice}")
@@ -108,21 +114,21 @@ def check_plain(name: str, value: Any) -> None:
 
 def has_unit(value: Any) -> bool:
     """Whether `value`, or the array inside of it, as of an xarray.DataArray, says what unit it is in."""
-    if not (hasattr(value, "__array__") or hasattr(value, "dtype")):
+    if isinstance(value, np.ndarray):
+        return any(getattr(value, attribute, None) is not None for attribute in _UNITS)
+    is_array = hasattr(value, "__array__") or (hasattr(value, "shape") and hasattr(value, "dtype"))
+    if not is_array or isinstance(value, np.generic | jax.Array):
         return False
-    for holder in (
-        [value] if isinstance(value, np.ndarray | jax.Array) else [value, getattr(value, "data", None)]
-    ):
-        # A pandas Series may have an entry of that name, which `getattr` would find.
-        get = getattr if isinstance(holder, np.ndarray) else inspect.getattr_static
-        if any(get(holder, attribute, None) is not None for attribute in ("unit", "units")):
-            return True
-    return False
+    # `getattr` would find the entry of that name in a pandas Series.
+    own = any(inspect.getattr_static(value, attribute, None) is not None for attribute in _UNITS)
+    return own or has_unit(getattr(value, "data", None))
 
 
-def code_of(name: str, value: Any, numpy: str = "np") -> str:
-    """The argument as code for advice: its name, or `np.asarray(name)` if it is no array, so that it runs."""
-    return name if isinstance(value, jax.Array | np.ndarray) else f"{numpy}.asarray({name})"
+def code_of(name: str, value: Any) -> str:
+    """The argument as code for advice: its name, or an array made of it if it is none, so that it runs."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return name
+    return f"{'np' if is_numpy_like(value) else 'jnp'}.asarray({name})"
 
 
 def as_arrays(name: str, tree: Any, advice: str) -> Any:

@@ -83,7 +83,7 @@ def as_batch(
                 f"`where={_arrays.code_of('where', where)} > 0`; weights go into `weights`."
             )
         used = used & _as_per_sample("where", mask, x, names)
-    numbers = None if weights is None else as_weights(weights, x, centers.shape[0])
+    numbers = None if weights is None else as_weights(weights, labels, x, centers.shape[0])
     _check_concrete_values(labels, where, weights, centers.shape[0], names)
     if numbers is None:
         return Batch(x, indices, used, None)
@@ -108,7 +108,7 @@ def _as_class_indices(labels: ArrayLike, x: jax.Array, names: Names) -> jax.Arra
 def _class_indices_error(labels: Any, classes: jax.Array, x: jax.Array, names: Names) -> Exception:
     """The error about labels that are no integers, or have another shape, with code that mends them."""
     # The code in the message has to run on what was passed: a JAX array may be traced, a list needs NumPy.
-    numpy = "jnp" if isinstance(labels, jax.Array) else "np"
+    numpy = "np" if _arrays.is_numpy_like(labels) else "jnp"
     given = _arrays.code_of(names.labels, labels)
     to_indices = (
         "One-hot or soft labels become class indices, and rows without a label -1, by "
@@ -138,7 +138,7 @@ def _class_indices_error(labels: Any, classes: jax.Array, x: jax.Array, names: N
     )
 
 
-def as_weights(weights: ArrayLike, x: jax.Array, num_classes: int) -> jax.Array:
+def as_weights(weights: ArrayLike, labels: ArrayLike, x: jax.Array, num_classes: int) -> jax.Array:
     """`weights` in float32 or float64, one per sample."""
     given = _arrays.as_array("weights", weights, "Pass numbers, one for each label.")
     if _arrays.is_numpy_like(weights) and jnp.issubdtype(given.dtype, jnp.integer):
@@ -150,7 +150,7 @@ def as_weights(weights: ArrayLike, x: jax.Array, num_classes: int) -> jax.Array:
     advice = ""
     if given.shape == (num_classes,):
         look_up = "[jnp.asarray(labels)]"
-        if placement.is_explicit(x):
+        if isinstance(labels, jax.Array) and placement.is_explicit(labels):
             look_up = ".at[labels].get(out_sharding=jax.typeof(labels).sharding)"
         advice = f" If these are weights of classes, pass `jnp.asarray(weights){look_up}`."
     return _as_per_sample("weights", given, x, FEATURES, advice).astype(dtype)

@@ -29,12 +29,13 @@ def map_in_blocks(fn: Callable[..., Any], width: int, mesh: Any, x: jax.Array, *
     the same number of samples from every stripe, so that none travels.
     """
     shape = x.shape[:-1]
+    # In an exported program a size may be symbolic. It has no blocks.
+    if not all(isinstance(size, int) for size in (*x.shape, width)):
+        return fn(x, *others)
     # Half-precision features need no blocks for their copies: a CPU makes all before the loop.
     if x.dtype.itemsize >= 4:
         width = max(width, x.shape[-1])
-    # In an exported program a size may be symbolic. It has no blocks.
-    known = all(isinstance(size, int) for size in (*shape, width))
-    if not known or math.prod(shape) * width <= _BLOCK_ENTRIES:
+    if math.prod(shape) * width <= _BLOCK_ENTRIES:
         return fn(x, *others)
     rank = len(shape)
     stripes = [num_stripes(size, mesh) for size in shape]

@@ -60,7 +60,7 @@ def check_batch(
         x, labels, used, _ = _batch.as_batch(x, labels, where, weights, centers)
         if weights is not None:
             # In the batch negative weights are NaN, so the weights are taken as they were passed.
-            passed = _batch.as_weights(weights, x, centers.shape[0])
+            passed = _batch.as_weights(weights, labels, x, centers.shape[0])
             used = used & (passed != 0)
             message = "the weight of a used sample, of class {label}, is {value}"
             _report(message, labels, used & (passed < 0), passed)

@@ -118,6 +118,8 @@ def test_a_symbolic_number_of_features(arguments):
     for used in (2, D):
         batch = centers[:, :used], x[:, :used], labels
         np.testing.assert_allclose(program.call(*batch), jcl.center_loss(*batch), rtol=1e-6)
+    program = exported(jcl.nearest_center, shape(centers, len(centers), d), shape(x, len(x), d))
+    np.testing.assert_array_equal(program.call(centers, x), jcl.nearest_center(centers, x))
 
 
 @pytest.mark.usefixtures("for_its_platform")

@@ -884,6 +884,13 @@ class Measured(np.ndarray):
         self.unit, self.units = None, "m"
 
 
+class Layer(nnx.Module):
+    """A layer of some units is no quantity."""
+
+    def __init__(self, centers):
+        self.units, self.unit, self.dtype, self.centers = 2, "relu", jnp.float32, nnx.Param(centers)
+
+
 class Quantity:
     """As an array of saiunit: the unit is an entry of the object. `nested` is one in an xarray.DataArray."""
 
@@ -958,6 +965,13 @@ def test_masks_of_masks_weights_and_checkpoints_are_not_dropped():
         means = jcl.init_from_features(CENTERS + 7, [(filled, labels)])
     np.testing.assert_array_equal(means, [POINTS[0], [7, 7], POINTS[2], [7, 7]])
     np.testing.assert_array_equal(jcl.center_loss(CENTERS, filled, labels), want)
+    assert jcl.nearest_center(CENTERS, filled).tolist() == [0, -1, 0]
+    with pytest.raises(TypeError, match="labels must not be a masked array") as raised:
+        jcl.center_loss(CENTERS, POINTS, Lazy(OWN))
+    followed = eval(code_of(raised.value)[0], {"np": np, "labels": Lazy(OWN)})
+    np.testing.assert_array_equal(
+        jcl.center_loss(CENTERS, POINTS, followed), jcl.center_loss(CENTERS, POINTS, OWN)
+    )
     with pytest.raises(TypeError, match="masked"):
         jcl.from_torch({"centers": np.ma.masked_array(CENTERS, mask=CENTERS == 0)})
     with pytest.raises(TypeError, match="masked"):
@@ -982,9 +996,19 @@ def test_numbers_of_a_foreign_byte_order_count(dtype):
     np.testing.assert_allclose(jcl.center_loss(centers, *lists, clip=None), want, rtol=1e-6)
 
 
-def test_lists_and_four_bits_count_as_the_numbers_they_hold():
+def test_lists_and_few_bits_count_as_the_numbers_they_hold():
     many = np.zeros((300, 2), np.float32)
     want = jcl.center_loss(many, POINTS, OWN)
+    np.testing.assert_array_equal(jcl.center_loss(Layer(jnp.asarray(many)), POINTS, OWN), want)
+    halves = list(np.asarray([1, 0, 2], jnp.bfloat16))
+    np.testing.assert_array_equal(
+        jcl.center_loss(many, POINTS, list(np.asarray(OWN, "int4")), weights=halves),
+        jcl.center_loss(many, POINTS, OWN, weights=[1, 0, 2]),
+    )
+    moved = jcl.update_centers(
+        many, [list(row) for row in np.asarray(POINTS, jnp.bfloat16)], OWN, alpha=halves[0]
+    )
+    np.testing.assert_array_equal(moved, jcl.update_centers(many, POINTS, OWN, alpha=1.0))
     for labels in (jnp.asarray(OWN, "int4"), OWN.tolist(), tuple(OWN), list(jnp.asarray(OWN))):
         np.testing.assert_array_equal(jcl.center_loss(many, POINTS, labels), want)
     for huge in (2**31 + 1, 2**32 + 1, 2**40):
@@ -1049,6 +1073,19 @@ def test_advice_inside_of_jit():
     def loss(labels):
         return jcl.center_loss(CENTERS, POINTS, eval(cast, {"labels": labels, "jnp": jnp}), clip=None)
 
+    @jax.jit
+    def of_lists(flag):
+        where, x = [flag, 0 * flag, flag], [[flag, flag], [5 * flag, 5 * flag], [2 * flag, 2 * flag]]
+        for name in ("x", "where"):
+            given = {"x": x, "labels": OWN, "where": where}
+            with pytest.raises(TypeError, match=rf"{name} must be (floating|boolean)") as raised:
+                jcl.center_loss(CENTERS, **given)
+            code = code_of(raised.value)[0].removeprefix("where=")
+            followed = eval(code, {"np": np, "jnp": jnp} | given)
+            x, where = (followed, where) if name == "x" else (x, followed)
+        return jcl.center_loss(CENTERS, x, OWN, where=where)
+
+    np.testing.assert_allclose(of_lists(1), 5.0, rtol=1e-6)
     np.testing.assert_allclose(loss(jnp.array([0, NAN, 2])), (2 + 8) / 2, rtol=1e-6)
     assert np.isnan(loss(jnp.array([0, jnp.inf, 2])))  # Shown, not counted as a class.
 

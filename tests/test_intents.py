@@ -73,6 +73,48 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order(folder, rng):
     assert judged["accuracy"] == 25.0
 
 
+def test_scores_are_those_of_their_formulas(folder, monkeypatch, rng):
+    data = intents.load(folder, "data_full.json")
+    features = {part: rng.normal(size=(len(data.parts[part].labels), 3)) for part in ("train", "val")}
+    labels, head = data.parts["train"].labels, rng.normal(size=(3, 4))
+    features["train"] += 3 * rng.normal(size=(4, 3))[labels]
+    sizes = {len(x): x for x in features.values()}
+    monkeypatch.setattr(
+        intents, "predict", lambda _, words: (np.float32(sizes[len(words)]), sizes[len(words)] @ head)
+    )
+    found = intents.scores_of(None, data, ("val",))["val"]
+    x, logits = features["val"], features["val"] @ head
+    means = np.stack([features["train"][labels == j].mean(0) for j in range(4)])
+    difference = x[:, None] - means
+    inverse = np.linalg.inv(intents.LedoitWolf().fit(features["train"] - means[labels]).covariance_)
+    unit = [v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (x, features["train"])]
+    likelihood = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    want = {
+        "probability": -likelihood.max(-1),
+        "energy": -np.log(np.exp(logits).sum(-1)),
+        "mean": (difference**2).sum(-1).min(-1),
+        "mahalanobis": np.einsum("ncd,de,nce->nc", difference, inverse, difference).min(-1),
+        "neighbors": np.sort(np.linalg.norm(unit[0][:, None] - unit[1], axis=-1))[:, intents.NEIGHBORS - 1],
+    }
+    for score, values in want.items():
+        np.testing.assert_allclose(found[score], values, rtol=1e-3, atol=1e-5, err_msg=score)
+
+
+def test_the_weight_is_chosen_without_the_test(folder, monkeypatch, tmp_path):
+    seen = []
+
+    def scores_of(model, data, parts):
+        seen.extend(parts)
+        score = dict.fromkeys(intents.SCORES, 0.0)
+        return {p: {s: np.zeros(len(data.parts[p].labels)) for s in score} | {"predicted": 0} for p in parts}
+
+    monkeypatch.setattr(intents, "scores_of", scores_of)
+    monkeypatch.setattr(intents, "train", lambda *_: None)
+    args = intents.parse_args(["--out", str(tmp_path), "--batch-size", "16"])
+    intents.select(args, intents.load(folder, "data_full.json"))
+    assert set(seen) == {"val", "oos_val"}
+
+
 def test_weights_count_every_intent_alike():
     labels = np.array([0] * 6 + [1] * 2)
     weights = intents.sample_weights("weighted", labels)
@@ -92,10 +134,11 @@ def test_it_tells_what_belongs_to_no_class(folder, tmp_path, capsys, imbalanced)
         flags += ["--data", str(folder), "--batch-size", "16", "--epochs", "15", "--lr", "0.005"]
     results = intents.main(flags)
     assert list(results) == [arm for arm in intents.ARMS if imbalanced or arm != "weighted"]
-    for runs in results.values():
+    for arm, runs in results.items():
         for run in runs:
             assert run["accuracy"] > (60 if REAL else 90)
-            assert run["probability"] > 75
+            for score in intents.SCORES:
+                assert run[score] > 75 or (REAL and arm == "softmax"), (arm, score)
     printed = capsys.readouterr().out
     assert "Chosen: λ = 0 for softmax alone" in printed
     assert "| center loss - norm penalty" in printed

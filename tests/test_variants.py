@@ -163,6 +163,8 @@ def test_classes_that_fill_up_a_table_with_nan_change_nothing(page, draw, name):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(by_centers[:CLASSES], grads[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(by_centers[CLASSES:], 0)
+    # A center that is NaN, though it is one of a class, shows.
+    assert np.isnan(loss_of(centers.at[labels[0]].set(jnp.nan), x, labels)[0])
     np.testing.assert_allclose(by_x, grads[1], rtol=1e-4, atol=1e-5)
 
 
@@ -308,7 +310,8 @@ def test_a_grown_training_goes_on_as_if_it_had_not_grown(page, draw, rng):
     assert (grown_params["head"][:, CLASSES:] == 1).all()
     assert (grown_params["centers"][CLASSES:] == 1).all()
     filled_up = {"centers": params["centers"].at[-1].set(jnp.nan)}
-    assert (page["grown"](filled_up, {"centers": wider["centers"]})["centers"][CLASSES - 1 :] == 1).all()
+    for new in (wider["centers"], wider["centers"][:CLASSES]):
+        assert (page["grown"](filled_up, {"centers": new})["centers"][CLASSES - 1 :] == 1).all()
     for _ in range(3):
         params, opt_state = adam_step(tx, params, opt_state, x, labels)
         grown_params, grown_state = adam_step(tx, grown_params, grown_state, x, labels)

