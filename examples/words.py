@@ -267,9 +267,9 @@ class Trainer:
         return Training(encoder, optimizer, head, head_state, centers), loss
 
 
-def run(args: argparse.Namespace, words: np.ndarray, arm: str, lam: float, seed: int, bar: Any) -> Any:
-    """Trains one arm, from its last checkpoint if there is one. Returns the trainer and the training."""
-    trainer = Trainer(args, len(words), make_mesh())
+def run(trainer: Trainer, words: np.ndarray, arm: str, lam: float, seed: int, bar: Any) -> Training:
+    """Trains one arm, from its last checkpoint if there is one."""
+    args = trainer.args
     now, first = trainer.start(seed), 0
     saved = checkpoints_of(args, f"{arm}-{lam:g}-{len(words)}-{seed}")
     if saved is not None and saved.latest_step() is not None:
@@ -288,7 +288,7 @@ def run(args: argparse.Namespace, words: np.ndarray, arm: str, lam: float, seed:
     if saved is not None:
         saved.close()
     check_finite([float(loss)], f"{ARMS[arm]}, λ = {lam:g}, seed {seed}")
-    return trainer, now
+    return now
 
 
 def checkpoints_of(args: argparse.Namespace, run: str) -> ocp.CheckpointManager | None:
@@ -309,17 +309,14 @@ def checkpoints_of(args: argparse.Namespace, run: str) -> ocp.CheckpointManager 
 
 def make_mesh() -> Any:
     """All devices, for the tables of classes; None if there is one."""
-    return (
-        jax.make_mesh((jax.device_count(),), ("classes",), (jax.sharding.AxisType.Auto,))
-        if jax.device_count() > 1
-        else None
-    )
+    if jax.device_count() == 1:
+        return None
+    return jax.make_mesh((jax.device_count(),), ("classes",), (jax.sharding.AxisType.Auto,))
 
 
-def judge(
-    args: argparse.Namespace, trainer: Trainer, now: Training, words: np.ndarray, chosen: np.ndarray
-) -> dict[str, Any]:
+def judge(trainer: Trainer, now: Training, words: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
     """The words that each judge names for one unseen typo of each chosen word, and how many are right."""
+    args = trainer.args
     letters = typos(words[chosen], np.random.default_rng(99), unseen=True)
     is_word = np.isin(hashes(letters), hashes(words))  # Such a typo, as "form" for "from", is ambiguous.
     letters, chosen = letters[~is_word], chosen[~is_word]
@@ -348,13 +345,14 @@ def held_out(words: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return order[:count], order[count : 2 * count]
 
 
-def select(args: argparse.Namespace, words: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
+def select(trainer: Trainer, words: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
     """λ of each arm, by the nearest center, for typos of words that the test does not ask for."""
+    args = trainer.args
     runs = [(arm, lam) for arm in args.arms for lam in (args.grid if arm != "softmax" else [0.0])]
     found, rows = {}, []
     with progress(len(runs) * args.steps, "step") as bar:
         for arm, lam in runs:
-            right = judge(args, *run(args, words, arm, lam, 1000, bar), words, chosen)
+            right = judge(trainer, run(trainer, words, arm, lam, 1000, bar), words, chosen)
             found[arm, lam] = right["center"]
             rows.append([ARMS[arm], f"{lam:g}", *(f"{right[name]:.1f}" for name in JUDGES)])
             bar.write(" ".join(rows[-1]))
@@ -368,13 +366,14 @@ def select(args: argparse.Namespace, words: np.ndarray, chosen: np.ndarray) -> d
 def compare(args: argparse.Namespace, words: np.ndarray, lams: dict[str, float]) -> dict[str, list[Any]]:
     """Trains every arm with every seed, and prints how many typos are named rightly, and some of them."""
     chosen, others = held_out(words, args.typos)
-    lams = select(args, words, others) if args.select else lams
+    trainer = Trainer(args, len(words), make_mesh())  # One for all runs, which share its compiled step.
+    lams = select(trainer, words, others) if args.select else lams
     results: dict[str, list[Any]] = {arm: [] for arm in args.arms}
     with progress(len(args.arms) * args.seeds * args.steps, "step") as bar:
         for seed in range(args.seeds):
             for arm in args.arms:
-                trained = run(args, words, arm, lams[arm], seed, bar)
-                results[arm].append(judge(args, *trained, words, chosen))
+                now = run(trainer, words, arm, lams[arm], seed, bar)
+                results[arm].append(judge(trainer, now, words, chosen))
     print(f"\n{len(words):,} classes, {len(chosen):,} typos never seen, {args.steps:,} steps of ", end="")
     print(f"{args.batch_size}, {over_seeds(args.seeds)}:\n")
     rows = [
@@ -418,9 +417,10 @@ def scaling(args: argparse.Namespace, words: np.ndarray, lam: float) -> dict[int
     with progress(len(counts) * args.steps, "step") as bar:
         for count in counts:
             some = words[:count]
-            trainer, now = run(args, some, "center", lam, 0, bar)
-            right = judge(args, trainer, now, some, held_out(some, args.typos)[0])
-            results[count] = {name: right[name] for name in JUDGES} | {"ms": step_time(args, trainer, some)}
+            trainer = Trainer(args, count, make_mesh())
+            now = run(trainer, some, "center", lam, 0, bar)
+            right = judge(trainer, now, some, held_out(some, args.typos)[0])
+            results[count] = {name: right[name] for name in JUDGES} | {"ms": step_time(trainer, some)}
     rows = [[f"{c:,}", f"{r['ms']:.1f}", *(f"{r[n]:.1f}" for n in JUDGES)] for c, r in results.items()]
     print(
         f"\nCenter loss, λ = {lam:g}, {args.steps:,} steps of {args.batch_size}; the time is the median of ",
@@ -434,10 +434,10 @@ def scaling(args: argparse.Namespace, words: np.ndarray, lam: float) -> dict[int
     return results
 
 
-def step_time(args: argparse.Namespace, trainer: Trainer, words: np.ndarray) -> float:
+def step_time(trainer: Trainer, words: np.ndarray) -> float:
     """Milliseconds of a step, median, without the making of typos."""
-    first = max(args.steps - 60, 0)
-    ahead = jax.device_put(list(batches(args, words, 7, first)))
+    first = max(trainer.args.steps - 60, 0)
+    ahead = jax.device_put(list(batches(trainer.args, words, 7, first)))
     now, took = trainer.start(7), []
     for batch in ahead:
         begun = time.perf_counter()

@@ -120,8 +120,8 @@ def has_unit(value: Any) -> bool:
     if not is_array or isinstance(value, np.generic | jax.Array):
         return False
     # `getattr` would find the entry of that name in a pandas Series.
-    own = any(inspect.getattr_static(value, attribute, None) is not None for attribute in _UNITS)
-    return own or has_unit(getattr(value, "data", None))
+    holders = value, getattr(value, "data", None)
+    return any(inspect.getattr_static(h, name, None) is not None for h in holders for name in _UNITS)
 
 
 def code_of(name: str, value: Any) -> str:

@@ -115,7 +115,8 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
     """The class of the nearest center. A tie, up to rounding, goes to the lowest class.
 
     Classes are scanned in blocks, and samples too if they are many. Only one block of distances is in memory,
-    whatever the number of classes and samples.
+    whatever the number of classes and samples. Under `vmap` there is one for each mapped element: pass
+    features `(..., D)` as they are instead.
 
     Args:
       params: a pytree with one leaf, the `(C, D)` centers.

@@ -16,6 +16,11 @@ def arguments(*flags):
     return example.parse_args([*FLAGS, "--buckets", "512", "--lr", "0.01", *flags])
 
 
+def run(args, words, seed):
+    trainer = example.Trainer(args, len(words), example.make_mesh())
+    return trainer, example.run(trainer, words, "center", 0.01, seed, example.progress(0, "step"))
+
+
 @pytest.fixture(scope="module")
 def words():
     pytest.importorskip("english_words")
@@ -122,8 +127,7 @@ def tables(now):
 @pytest.mark.usefixtures("one_device")
 def test_a_restart_goes_on_where_the_run_was(words, tmp_path, monkeypatch):
     args = arguments("--checkpoints", str(tmp_path), "--every", "25")
-    bar = example.progress(0, "step")
-    _, whole = example.run(arguments(), words, "center", 0.01, 3, bar)
+    _, whole = run(arguments(), words, 3)
     steps, batches = [], example.batches
 
     def stops(*given):
@@ -135,31 +139,28 @@ def test_a_restart_goes_on_where_the_run_was(words, tmp_path, monkeypatch):
 
     monkeypatch.setattr(example, "batches", stops)
     with pytest.raises(KeyboardInterrupt):
-        example.run(args, words, "center", 0.01, 3, bar)
+        run(args, words, 3)
     monkeypatch.setattr(example, "batches", batches)
-    _, resumed = example.run(args, words, "center", 0.01, 3, bar)
+    _, resumed = run(args, words, 3)
     for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(SystemExit, match="is of a run with other flags"):
-        example.run(
-            arguments("--checkpoints", str(tmp_path), "--alpha", "0.1"), words, "center", 0.01, 3, bar
-        )
+        run(arguments("--checkpoints", str(tmp_path), "--alpha", "0.1"), words, 3)
 
 
 @pytest.mark.slow
 def test_on_a_mesh_the_numbers_are_those_of_one_device(words, monkeypatch):
-    bar = example.progress(0, "step")
     args = arguments("--steps", "20")
     with monkeypatch.context() as patch:
         patch.setattr(example, "make_mesh", lambda: None)
-        _, one = example.run(args, words, "center", 0.01, 0, bar)
-    trainer, eight = example.run(args, words, "center", 0.01, 0, bar)
+        _, one = run(args, words, 0)
+    trainer, eight = run(args, words, 0)
     assert trainer.mesh.size == jax.device_count() > 1
     for name, found in tables(eight).items():
         assert found.sharding.spec[0] == "classes"
         np.testing.assert_allclose(found[:200], tables(one)[name][:200], rtol=1e-3, atol=1e-4)
     assert np.abs(tables(eight)["centers"]).max() > 0.1
-    assert len(example.judge(args, trainer, eight, words, np.arange(100))["typos"]) > 90
+    assert len(example.judge(trainer, eight, words, np.arange(100))["typos"]) > 90
 
 
 def test_a_step_writes_its_rows_in_place(words):
