@@ -101,8 +101,8 @@ def check_plain(name: str, value: Any, code: str | None = None) -> None:
                 masked = f"np.ma.getmaskarray({code}).any(-1)"
                 indices = _INDICES[name]
                 advice = (
-                    f"Pass `{code}.filled(np.nan)`, and if the function takes {indices}, "
-                    f"`np.where({masked}, -1, {indices})`, so that masked samples are left out."
+                    f"To leave masked samples out, first `{indices} = np.where({masked}, -1, {indices})`, if "
+                    f"the function takes {indices}, and then pass `{code}.filled(np.nan)`."
                 )
             raise TypeError(f"{name} must not be a masked array, of which JAX would drop the mask. {advice}")
         if has_unit(leaf):
@@ -116,8 +116,7 @@ def has_unit(value: Any) -> bool:
     """Whether `value`, or the array inside of it, as of an xarray.DataArray, says what unit it is in."""
     if isinstance(value, np.ndarray):
         return any(getattr(value, attribute, None) is not None for attribute in _UNITS)
-    is_array = hasattr(value, "__array__") or (hasattr(value, "shape") and hasattr(value, "dtype"))
-    if not is_array or isinstance(value, np.generic | jax.Array):
+    if not hasattr(value, "__array__") or isinstance(value, np.generic | jax.Array):
         return False
     # `getattr` would find the entry of that name in a pandas Series.
     holders = value, getattr(value, "data", None)

@@ -19,6 +19,7 @@ class Names(NamedTuple):
     order: str = "Labels come after it: (params, x, labels)."
     arguments: str = "(params, x), or (params, x, labels)"
     advice: str = "Pass the features `(..., D)` alone, not a tuple of all outputs of the model."
+    mismatch: str = "Pass one label for each sample of this batch."
 
 
 FEATURES = Names()
@@ -28,6 +29,7 @@ GRADIENTS = Names(
     order="The order is (params, state, rows, gradients).",
     arguments="(params, state, rows, gradients)",
     advice="Pass the gradients `(..., D)`, one for each index in `rows`.",
+    mismatch="Pass the gradients with respect to the rows that were read, not that of the whole table.",
 )
 
 
@@ -116,6 +118,8 @@ def _class_indices_error(labels: Any, classes: jax.Array, x: jax.Array, names: N
     )
     if classes.shape == (*x.shape[:-1], 1):
         to_indices = f"A column of labels is `{given}[..., 0]`."
+    elif classes.ndim != x.ndim:
+        to_indices = names.mismatch
     found = f"{names.labels} must be integers, got {classes.dtype.name}"
     if jnp.issubdtype(classes.dtype, jnp.integer):
         return ValueError(

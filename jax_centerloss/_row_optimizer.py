@@ -19,7 +19,7 @@ from jax_centerloss._rules import Rule
 _NO_TRANSFORMATION = (
     "A row optimizer moves the centers alone, by its own `update(params, state, x, labels)`, and is no optax "
     "transformation: give nnx.Optimizer and TrainState the model's own optimizer, or for centers that are "
-    "parameters `with_center_optimizer(model_tx, centers=tx)`."
+    "parameters `with_center_optimizer(model_tx, centers=tx)`, with the tx that you gave to row_optimizer."
 )
 _STATE_DTYPES = tuple(map(jnp.dtype, ("bfloat16", "float32", "float64")))
 
@@ -35,7 +35,9 @@ class RowOptimizer(NamedTuple):
 def check_transformation(name: str, tx: Any) -> None:
     if isinstance(tx, RowOptimizer) or not (hasattr(tx, "init") and hasattr(tx, "update")):
         found = (
-            "a row optimizer, whose own `update` moves centers" if isinstance(tx, RowOptimizer) else repr(tx)
+            "a row optimizer: pass the transformation that you gave to it"
+            if isinstance(tx, RowOptimizer)
+            else repr(tx)
         )
         raise TypeError(f"{name} must be an optax transformation, such as optax.sgd(0.5), got {found}.")
 

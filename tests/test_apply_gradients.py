@@ -195,6 +195,8 @@ def test_what_does_not_fit_is_named():
         optimizer.apply_gradients(table, state, jnp.array([0, 1]), gradients[:, :2])
     with pytest.raises(ValueError, match=r"rows must have the leading dimensions of gradients"):
         optimizer.apply_gradients(table, state, jnp.array([0]), gradients)
+    with pytest.raises(ValueError, match=r"the rows that were read, not that of the whole table\.$"):
+        optimizer.apply_gradients(table, state, jnp.array([0]), jnp.ones((3, D)))
     moved, _ = jax.jit(optimizer.apply_gradients)(table, state, jnp.array([0, 3]), gradients)
     np.testing.assert_allclose(moved, [[-0.3] * D, [0] * D, [0] * D], rtol=1e-6)
 

@@ -220,6 +220,9 @@ ERRORS = {
     "numpy masked arrays are not supported": lambda: jax.jit(jax_centerloss.center_loss)(
         CENTERS, CENTERS[:2], np.ma.masked_array(LABELS, mask=LABELS == 1)
     ),
+    "Error interpreting argument": lambda: jax.jit(jax_centerloss.center_loss)(
+        CENTERS, CENTERS[:2], LABELS.astype(">i4")
+    ),
     "label 10 is out of range for 10 classes": lambda: jax_centerloss.center_loss(
         CENTERS, CENTERS[:2], LABELS
     ),

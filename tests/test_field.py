@@ -888,7 +888,8 @@ class Layer(nnx.Module):
     """A layer of some units is no quantity."""
 
     def __init__(self, centers):
-        self.units, self.unit, self.dtype, self.centers = 2, "relu", jnp.float32, nnx.Param(centers)
+        self.units, self.unit, self.dtype, self.shape = 2, "relu", jnp.float32, (2,)
+        self.centers = nnx.Param(centers)
 
 
 class Quantity:
@@ -960,7 +961,10 @@ def test_masks_of_masks_weights_and_checkpoints_are_not_dropped():
     x = np.ma.masked_array(POINTS, mask=[[False, False], [False, True], [False, False]])
     with pytest.raises(TypeError, match="x must not be a masked array") as raised:
         jcl.init_from_features(CENTERS, [(x, OWN)])
-    filled, labels = (eval(code, {"np": np, "x": x, "labels": OWN}) for code in code_of(raised.value)[:2])
+    scope = {"np": np, "x": x, "labels": OWN}
+    first, second = code_of(raised.value)
+    exec(first, scope)
+    filled, labels = eval(second, scope), scope["labels"]
     with pytest.warns(UserWarning, match="2 of 4 classes were never seen"):
         means = jcl.init_from_features(CENTERS + 7, [(filled, labels)])
     np.testing.assert_array_equal(means, [POINTS[0], [7, 7], POINTS[2], [7, 7]])
