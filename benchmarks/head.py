@@ -1,6 +1,6 @@
 """Time of a training step of a softmax head of many classes: the loss, the features' gradient, Adam's step.
 
-python benchmarks/head.py            # prints the table; needs torch, and 12 GiB of memory
+python benchmarks/head.py            # prints the table; needs torch, what the examples need, and 12 GiB
 python benchmarks/head.py --quick    # 10,000 classes alone
 
 The softmax of the first four is over the batch's own classes and 4,096 drawn ones, that of the last over all:
@@ -22,6 +22,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +35,9 @@ from torch.nn import functional
 
 import jax_centerloss as jcl
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from words import distinct_classes, rows_of, sampled_softmax
+
 SAMPLES, FEATURES, DRAWN, RATE = 256, 128, 4096, 1e-3
 CLASSES = (10_000, 100_000, 1_000_000)
 BATCHES = 50
@@ -41,32 +45,16 @@ Step = Callable[[], object]
 Batch = tuple[np.ndarray, ...]  # Features, labels, and the classes that are drawn.
 
 
-def classes_of(labels: jax.Array, drawn: jax.Array) -> jax.Array:
-    """The batch's own and the drawn classes, each once, sorted; what is left over is -1 and stands first."""
-    both = jnp.concatenate([labels, drawn])
-    return jnp.sort(jnp.unique(both, size=both.size, fill_value=-1))
-
-
-def sampled_softmax(x: jax.Array, rows: jax.Array, classes: jax.Array, labels: jax.Array) -> jax.Array:
-    logits = jnp.where(classes >= 0, x @ rows.T, -jnp.inf)
-    own = jnp.searchsorted(classes, labels)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, own).mean()
-
-
-def rows_of(table: jax.Array, classes: jax.Array) -> jax.Array:
-    return table.at[jnp.maximum(classes, 0)].get(mode="promise_in_bounds")
-
-
 def here(optimizer: Any, held: Any, x: jax.Array, labels: jax.Array, drawn: jax.Array) -> Any:
     table, state = held
-    classes = classes_of(labels, drawn)
+    classes = distinct_classes(labels, drawn, len(table))
     loss, grads = jax.value_and_grad(sampled_softmax, (0, 1))(x, rows_of(table, classes), classes, labels)
     return optimizer.apply_gradients(table, state, classes, grads[1], after=(loss, grads)), loss, grads[0]
 
 
 def plain(held: Any, x: jax.Array, labels: jax.Array, drawn: jax.Array) -> Any:
     table, (count, mean, square) = held
-    classes = classes_of(labels, drawn)
+    classes = distinct_classes(labels, drawn, len(table))
     loss, grads = jax.value_and_grad(sampled_softmax, (0, 1))(x, rows_of(table, classes), classes, labels)
     count = count + 1
     means = 0.9 * rows_of(mean, classes) + 0.1 * grads[1]

@@ -189,6 +189,34 @@ def difference(first: Sequence[float], second: Sequence[float], digits: int) -> 
     return f"{text} [{gained.mean() - reach:+.{digits}f}, {gained.mean() + reach:+.{digits}f}]"
 
 
+def unit_length(features: np.ndarray) -> np.ndarray:
+    # A feature of length 0, of a collapsed network, and those of a diverged one are like no other.
+    features = np.nan_to_num(features, posinf=0, neginf=0)
+    return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+
+
+def arm_differences(
+    results: dict[str, list[Any]],
+    titles: dict[str, str],
+    pairs: Sequence[tuple[str, str]],
+    columns: Sequence[Callable[[list[Any]], Sequence[float]]],
+) -> list[list[str]]:
+    """A row for each pair of arms that ran: the `difference` of each column, which reads an arm's runs."""
+    return [
+        [
+            f"{titles[first]} - {titles[second]}",
+            *(difference(column(results[first]), column(results[second]), 2) for column in columns),
+        ]
+        for first, second in pairs
+        if {first, second} <= results.keys()
+    ]
+
+
+def entries(name: str) -> Callable[[list[Any]], list[float]]:
+    """Reads the number of that name in each run."""
+    return lambda runs: [run[name] for run in runs]
+
+
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose columns line up, for the eye and for Markdown alike."""
     lines = [list(heads), *map(list, rows)]

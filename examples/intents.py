@@ -28,10 +28,11 @@ import numpy as np
 import optax
 from _common import (
     add_flags,
+    arm_differences,
     check_finite,
     check_flags,
-    difference,
     download,
+    entries,
     markdown,
     new_figure,
     number,
@@ -39,6 +40,7 @@ from _common import (
     progress,
     say_if_quick,
     spread,
+    unit_length,
 )
 from flax import nnx
 from scipy.special import logsumexp, softmax
@@ -93,11 +95,13 @@ def tokens(text: str) -> list[str]:
 def load(folder: Path | None, name: str) -> Data:
     path = download(SOURCE + name, f"sha256:{SHA256[name]}") if folder is None else folder / name
     try:
-        pairs = {part: json.loads(path.read_text(encoding="utf-8"))[part] for part in PARTS}
+        found = json.loads(path.read_text(encoding="utf-8"))
+        pairs = {part: found[part] for part in PARTS}
         intents = sorted({intent for _, intent in pairs["train"]})
+        number_of = {intent: i for i, intent in enumerate(intents)}
         counts = Counter(word for text, _ in pairs["train"] for word in tokens(text))
         # A sentence of an intent that training lacks belongs to none.
-        classes = {part: [intents.index(i) if i in intents else -1 for _, i in pairs[part]] for part in PARTS}
+        classes = {part: [number_of.get(intent, -1) for _, intent in pairs[part]] for part in PARTS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{path} is no file of CLINC150: {type(error).__name__}: {error}") from None
     if empty := [part for part in PARTS if not pairs[part]]:
@@ -186,9 +190,14 @@ def sample_weights(arm: str, labels: np.ndarray) -> np.ndarray:
     return np.float32(len(labels) / (np.count_nonzero(counts) * counts[labels]))
 
 
+def steps_of(args: argparse.Namespace, data: Data) -> int:
+    """The steps of a run."""
+    return args.epochs * (len(data.parts["train"].labels) // args.batch_size)
+
+
 def train(args: argparse.Namespace, data: Data, arm: str, lam: float, seed: int, bar: Any) -> Model:
     _, words, labels = data.parts["train"]
-    steps = args.epochs * (len(labels) // args.batch_size)
+    steps = steps_of(args, data)
     model = Model(data.words, len(data.intents), args.feat_dim, rngs=nnx.Rngs(seed))
     optimizer = nnx.Optimizer(model, make_optimizer(args.lr, steps), wrt=nnx.Param)
     weights = sample_weights(arm, labels)
@@ -222,10 +231,7 @@ def scores_of(model: Model, data: Data, parts: Sequence[str]) -> dict[str, dict[
         nearest = jax_centerloss.nearest_center(means, x)
         return np.asarray(jax_centerloss.center_loss(means, x, nearest, reduce_fn=None, clip=None))
 
-    def unit(x: np.ndarray) -> np.ndarray:
-        return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-    neighbors = NearestNeighbors(n_neighbors=NEIGHBORS, algorithm="brute").fit(unit(x))
+    neighbors = NearestNeighbors(n_neighbors=NEIGHBORS, algorithm="brute").fit(unit_length(x))
     found = {}
     for part in parts:
         x, logits = map(np.asarray, predict(model, data.parts[part].words))
@@ -235,7 +241,7 @@ def scores_of(model: Model, data: Data, parts: Sequence[str]) -> dict[str, dict[
             "energy": -logsumexp(logits, axis=-1),
             "mean": to_nearest(means, x),
             "mahalanobis": to_nearest(means @ whiten, x @ whiten),
-            "neighbors": neighbors.kneighbors(unit(x))[0][:, -1],
+            "neighbors": neighbors.kneighbors(unit_length(x))[0][:, -1],
         }
     return found
 
@@ -254,9 +260,8 @@ def judge(data: Data, found: dict[str, dict[str, np.ndarray]], known: str, other
 def select(args: argparse.Namespace, data: Data) -> dict[str, float]:
     """λ of each arm, by the mean of the five AUROCs on the validation sentences."""
     runs = [(arm, lam) for arm in args.arms for lam in (args.grid if arm != "softmax" else [0.0])]
-    steps = args.epochs * (len(data.parts["train"].labels) // args.batch_size)
     means, rows = {}, []
-    with progress(len(runs) * args.select * steps, "step") as bar:
+    with progress(len(runs) * args.select * steps_of(args, data), "step") as bar:
         for arm, lam in runs:
             found = []
             for seed in range(1000, 1000 + args.select):  # Other seeds than those of the comparison.
@@ -281,8 +286,7 @@ def compare(args: argparse.Namespace, data: Data, lams: dict[str, float]) -> dic
     shown = {}
     counts = np.bincount(data.parts["train"].labels)
     test = data.parts["test"].labels
-    steps = args.epochs * (len(data.parts["train"].labels) // args.batch_size)
-    with progress(len(args.arms) * args.seeds * steps, "step") as bar:
+    with progress(len(args.arms) * args.seeds * steps_of(args, data), "step") as bar:
         for seed in range(args.seeds):
             for arm in args.arms:
                 model = train(args, data, arm, lams[arm], seed, bar)
@@ -317,17 +321,7 @@ def tables(results: dict[str, list[dict[str, Any]]], lams: dict[str, float]) -> 
     heads = [*SCORES.values(), "accuracy"]
     rows = [[f"{ARMS[arm]}, λ = {lams[arm]:g}", *cells(runs)] for arm, runs in results.items()]
     pairs = [("center", "softmax"), ("norm", "softmax"), ("center", "norm"), ("weighted", "center")]
-    gains = [
-        [
-            f"{ARMS[first]} - {ARMS[second]}",
-            *(
-                difference([run[name] for run in results[first]], [run[name] for run in results[second]], 2)
-                for name in (*SCORES, "accuracy")
-            ),
-        ]
-        for first, second in pairs
-        if {first, second} <= results.keys()
-    ]
+    gains = arm_differences(results, ARMS, pairs, [entries(name) for name in (*SCORES, "accuracy")])
     several = len(next(iter(results.values()))) > 1
     paired = ", paired by seed, with 95 % intervals by Student's t" if several else ""
     ending = [f"Differences{paired}:", markdown(["", *heads], gains)] if gains else []

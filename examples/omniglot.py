@@ -10,7 +10,7 @@ the norm of the features. Only the second has centers that move.
 
 import argparse
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ import optax
 from _common import (
     Plane,
     add_flags,
+    arm_differences,
     check_finite,
     check_flags,
-    difference,
     draw_planes,
     markdown,
     new_figure,
@@ -33,6 +33,7 @@ from _common import (
     progress,
     say_if_quick,
     spread,
+    unit_length,
 )
 from _omniglot import MD5, Drawings, add_data_and_grid, check_selection, load
 from flax import nnx
@@ -195,12 +196,6 @@ def pairs(data: Drawings, count: int) -> dict[str, np.ndarray]:
     return found
 
 
-def unit_length(features: np.ndarray) -> np.ndarray:
-    # A feature of length 0, of a collapsed network, and those of a diverged one are like no other.
-    features = np.nan_to_num(features, posinf=0, neginf=0)
-    return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
-
-
 def verify(features: np.ndarray, chosen: dict[str, np.ndarray]) -> dict[str, Any]:
     """Per kind of negatives: TAR at FAR 1 % and 0.1 %, EER, and the curve at `FAR`."""
     unit = unit_length(features)
@@ -294,17 +289,10 @@ def tables(results: dict[str, Any], lams: dict[str, float]) -> str:
         [f"{ARMS[arm]}, λ = {lams[arm]:g}", *(spread(column(results[arm], *which), 2) for which in kinds)]
         for arm in results
     ]
-    gains = [
-        [
-            f"{ARMS[first]} - {ARMS[second]}",
-            *(
-                difference(column(results[first], *which), column(results[second], *which), 2)
-                for which in kinds
-            ),
-        ]
-        for first, second in (("center", "softmax"), ("frozen", "softmax"), ("center", "frozen"))
-        if {first, second} <= results.keys()
-    ]
+    pairs = [("center", "softmax"), ("frozen", "softmax"), ("center", "frozen")]
+    gains = arm_differences(
+        results, ARMS, pairs, [partial(column, kind=kind, metric=metric) for kind, metric in kinds]
+    )
     trained = [
         [ARMS[arm], *(spread([run[name] for run in runs], 2) for name in TRAINED)]
         for arm, runs in results.items()

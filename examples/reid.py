@@ -33,10 +33,11 @@ from _common import (
     progress,
     say_if_quick,
     spread,
+    unit_length,
 )
 from _omniglot import MD5, Drawings, load
 from flax import nnx
-from omniglot import SIDE, Block, shifted, unit_length
+from omniglot import SIDE, Block, shifted
 
 import jax_centerloss
 

@@ -28,8 +28,9 @@ import optax
 import orbax.checkpoint as ocp
 from _common import (
     add_flags,
+    arm_differences,
     check_finite,
-    difference,
+    entries,
     make_folder,
     markdown,
     new_figure,
@@ -194,6 +195,17 @@ def unit(vectors: jax.Array) -> jax.Array:
     return vectors * jax.lax.rsqrt(jnp.maximum(jnp.sum(vectors**2, axis=-1, keepdims=True), 1e-12))
 
 
+def distinct_classes(labels: jax.Array, drawn: jax.Array, num_classes: int) -> jax.Array:
+    """The batch's own and the drawn classes, each once, sorted; what is left over is -1, and stands first."""
+    both = jnp.concatenate([labels, drawn])
+    return jnp.sort(jnp.unique(both, size=min(both.size, num_classes), fill_value=-1))
+
+
+def rows_of(table: jax.Array, classes: jax.Array) -> jax.Array:
+    """The rows of these classes; of -1 any row."""
+    return table.at[jnp.maximum(classes, 0)].get(mode="promise_in_bounds")
+
+
 def sampled_softmax(
     x: jax.Array, rows: jax.Array, classes: jax.Array, labels: jax.Array, margin: float = 0.0
 ) -> jax.Array:
@@ -242,10 +254,8 @@ class Trainer:
         return nnx.merge(self.graph, encoder)(grams)
 
     def _step(self, now: Training, batch: Batch, lam: jax.Array, *, pull: bool) -> tuple[Training, jax.Array]:
-        # The classes of this step, each once. What is left over is -1, and stands first.
-        drawn = jnp.concatenate([batch.labels, batch.negatives])
-        classes = jnp.sort(jnp.unique(drawn, size=min(drawn.size, self.num_classes), fill_value=-1))
-        rows = now.head["centers"].at[jnp.maximum(classes, 0)].get(mode="promise_in_bounds")
+        classes = distinct_classes(batch.labels, batch.negatives, self.num_classes)
+        rows = rows_of(now.head["centers"], classes)
 
         def loss_fn(encoder: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
             x = self.encode(encoder, batch.grams)
@@ -381,15 +391,8 @@ def compare(args: argparse.Namespace, words: np.ndarray, lams: dict[str, float])
         for arm, runs in results.items()
     ]
     print(markdown(["arm", *JUDGES.values()], rows))
-    pairs = [(a, b) for a, b in (("center", "softmax"), ("norm", "softmax"), ("center", "norm"))]
-    gains = [
-        [
-            f"{ARMS[a]} - {ARMS[b]}",
-            *(difference([r[n] for r in results[a]], [r[n] for r in results[b]], 2) for n in JUDGES),
-        ]
-        for a, b in pairs
-        if {a, b} <= results.keys()
-    ]
+    pairs = [("center", "softmax"), ("norm", "softmax"), ("center", "norm")]
+    gains = arm_differences(results, ARMS, pairs, [entries(name) for name in JUDGES])
     if gains:
         print(f"\nDifferences{', paired by seed, with 95 % intervals' if args.seeds > 1 else ''}:\n")
         print(markdown(["", *JUDGES.values()], gains))

@@ -27,9 +27,8 @@ class Samples(NamedTuple):
 
     classes: jax.Array  # (N,) int32, the class whose row a sample moves, or `NO_CLASS`.
     values: jax.Array  # (N, D), summed by class.
-    counted: (
-        jax.Array
-    )  # (N,), its weight in the count of its class, not 0 if it has one. NaN makes that row NaN.
+    # (N,), its weight in the count of its class, not 0 if it has one. NaN makes that row NaN.
+    counted: jax.Array
     kept: jax.Array | None  # (N,) bool, or None for all. Other samples count, but add no value.
     ready: jax.Array  # Always True, computed from what has to be read before rows are written.
 
