@@ -62,12 +62,12 @@ def add_flags(
     warmup: int | None,
     batch_size: int,
     seeds: int,
-    lr: float | str,
+    lr: float,
     quick: str,
 ) -> None:
     """The flags of every example that trains, with these defaults; `quick` is what --quick sets.
 
-    Without a `warmup`, λ has its full weight from the start. An `lr` of `argparse.SUPPRESS` leaves it unset.
+    Without a `warmup`, λ has its full weight from the start.
     """
     add = parser.add_argument
     if warmup is not None:
@@ -80,13 +80,14 @@ def add_flags(
     add("--quick", action="store_true", help=f"to see that it runs: one seed, {quick}")
 
 
-def add_centers_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--centers",
-        choices=["rule", "optax"],
-        default="rule",
-        help="what moves the centers: the paper's rule, or gradient descent by an optax chain of their own",
-    )
+def add_centers_flag(parser: argparse.ArgumentParser, *choices: str) -> None:
+    help_of = {
+        "rule": "the paper's rule moves them",
+        "optax": "gradient descent, by an optax chain of their own",
+        "zero": "they stay at zero: the control, a penalty on the norm of the features",
+    }
+    told = "; ".join(f"{choice}: {help_of[choice]}" for choice in choices)
+    parser.add_argument("--centers", choices=choices, default="rule", help=f"what moves them. {told}")
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -159,7 +159,7 @@ def parse_args(argv: Sequence[str] | None, train_size: int) -> argparse.Namespac
     )
     add = parser.add_argument
     add("--lam", type=number(float, 0), default=0.1, help="weight λ of the center loss")
-    add_centers_flag(parser)
+    add_centers_flag(parser, "rule", "optax")
     add("--feat-dim", type=number(int, 1), default=2, help="features per sample; drawn if they are 2")
     add("--epochs", type=number(int, 1), default=60, help="epochs of each run")
     add_flags(parser, warmup=0, batch_size=64, seeds=5, lr=0.1, quick="at most 5 epochs")

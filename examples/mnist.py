@@ -3,8 +3,8 @@
     python examples/mnist.py
 
 trains a small convolutional network of two features for every λ and several seeds, prints a table and draws
-the feature planes side by side. `--full` takes the paper's network and all 60,000 images. A run that was
-stopped goes on from its last epoch when the same command is given again.
+the feature planes side by side. A run that was stopped goes on from its last epoch when the same command is
+given again.
 """
 
 import argparse
@@ -58,7 +58,7 @@ SHA256 = {
 # What a run depends on besides λ and its seed.
 SETTINGS = (
     *("centers", "precision", "warmup", "alpha", "images", "epochs"),
-    *("batch_size", "lr", "weight_decay", "full"),
+    *("batch_size", "lr", "weight_decay"),
 )
 
 
@@ -119,38 +119,29 @@ class PReLU(nnx.Module):
 
 
 class Model(nnx.Module):
-    """Convolutions, two features, a softmax layer, and a center for each class.
+    """Three convolutions, two features, a softmax layer, and a center for each class.
 
-    The paper's network has three stages of two 5 x 5 convolutions with PReLU and max pooling. The small one
-    has three of one convolution of stride 2 and half the width.
+    The paper's network has twice as many convolutions, of twice the width.
     """
 
-    def __init__(self, full: bool, centers: str, precision: str = "float32", *, rngs: nnx.Rngs) -> None:
+    def __init__(self, centers: str, precision: str = "float32", *, rngs: nnx.Rngs) -> None:
         conv = partial(nnx.Conv, kernel_size=(5, 5), rngs=rngs)
-        widths = (1, 32, 64, 128) if full else (1, 16, 32, 64)
         layers = []
-        for inputs, outputs in pairwise(widths):
-            if full:
-                layers += [conv(inputs, outputs), PReLU(), conv(outputs, outputs), PReLU(), pool]
-            else:
-                layers += [conv(inputs, outputs, strides=2), PReLU()]
+        for inputs, outputs in pairwise((1, 16, 32, 64)):
+            layers += [conv(inputs, outputs, strides=2), PReLU()]
         self.layers = nnx.Sequential(*layers)
-        side = 3 if full else 4
-        self.embed = nnx.Linear(side * side * widths[-1], 2, rngs=rngs)
+        self.embed = nnx.Linear(4 * 4 * 64, 2, rngs=rngs)
         self.head = nnx.Linear(2, CLASSES, rngs=rngs)
-        kind = "state" if centers == "rule" else "param"
+        kind = "param" if centers == "optax" else "state"
+        draw = nnx.initializers.zeros if centers == "zero" else nnx.initializers.normal(1.0)
         dtype = jnp.float32 if precision == "float32" else jnp.bfloat16
         self.center_loss = jax_centerloss.nnx.CenterLoss(
-            CLASSES, 2, centers_as=kind, param_dtype=dtype, rngs=rngs
+            CLASSES, 2, centers_as=kind, centers_init=draw, param_dtype=dtype, rngs=rngs
         )
 
     def features(self, images: jax.Array) -> jax.Array:
         x = self.layers(images[..., None].astype(jnp.float32) / 255)
         return self.embed(x.reshape(len(x), -1))
-
-
-def pool(x: jax.Array) -> jax.Array:
-    return nnx.max_pool(x, (2, 2), (2, 2))
 
 
 def lam_at(steps: np.ndarray, lam: float, warmup_steps: int) -> np.ndarray:
@@ -225,7 +216,7 @@ def train(
     images, labels = data[:2]
     per_epoch = len(labels) // args.batch_size
     steps = args.epochs * per_epoch
-    model = Model(args.full, args.centers, args.precision, rngs=nnx.Rngs(seed))
+    model = Model(args.centers, args.precision, rngs=nnx.Rngs(seed))
     tx = make_optimizer(args.lr, args.weight_decay, steps)
     if args.centers == "optax":
         tx = with_centers(tx, args.alpha, lam, args.warmup * per_epoch, steps)
@@ -314,7 +305,8 @@ def compare(args: argparse.Namespace, data: tuple[np.ndarray, ...]) -> dict[floa
                     heading = f"λ = {lam:g}: {metrics['accuracy']:.1f} % right"
                     planes.append(Plane(heading, marks, features, data[3]))
     print(f"\n{len(data[1]):,} training images, {over_seeds(args.seeds)}, {args.epochs} epochs, ", end="")
-    print(f"λ over {args.warmup} of them, α = {args.alpha:g}, centers moved by {args.centers}, ", end="")
+    moved = f"moved by {args.centers}, α = {args.alpha:g}"
+    print(f"λ over {args.warmup} of them, centers {'at zero' if args.centers == 'zero' else moved}, ", end="")
     print(f"in {args.precision.replace('stochastic', 'bfloat16, rounded stochastically')}\n")
     print(compactness_table({f"λ = {lam:g}": runs for lam, runs in results.items()}))
     picture = args.out / "mnist.png"
@@ -336,33 +328,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, help=f"folder with {', '.join(SHA256)}; else MNIST is downloaded")
     add("--lams", type=number(float, 0), nargs="+", default=[0, 0.001, 0.01, 0.1, 1], help="weights λ")
-    add_centers_flag(parser)
+    add_centers_flag(parser, "rule", "optax", "zero")
     add(
         "--precision",
         choices=["float32", "bfloat16", "stochastic"],
         default="float32",
         help="of the centers; stochastic: bfloat16, rounded stochastically",
     )
-    unset = argparse.SUPPRESS  # Their defaults depend on --full and --quick.
-    add(
-        "--images",
-        type=number(int, 1),
-        default=unset,
-        help="training images (default: 20000, with --full 60000)",
-    )
-    add(
-        "--epochs",
-        type=number(int, 1),
-        default=unset,
-        help="epochs of each run (default: 8, with --full 20)",
-    )
+    unset = argparse.SUPPRESS  # Their defaults depend on --quick.
+    add("--images", type=number(int, 1), default=unset, help="training images (default: 20000)")
+    add("--epochs", type=number(int, 1), default=unset, help="epochs of each run (default: 8)")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="of all parameters of the network")
-    add("--full", action="store_true", help="the paper's network; --lr is then 0.01 by default, else 0.05")
     quick = "λ of 0 and 0.1, by default 2,000 images and 3 epochs"
-    add_flags(parser, warmup=2, batch_size=128, seeds=3, lr=unset, quick=quick)
+    add_flags(parser, warmup=2, batch_size=128, seeds=3, lr=0.05, quick=quick)
     args = parser.parse_args(argv)
-    args.lr = getattr(args, "lr", 0.01 if args.full else 0.05)  # The paper's network diverges at 0.05.
-    images, epochs = (2000, 3) if args.quick else (60_000, 20) if args.full else (20_000, 8)
+    images, epochs = (2000, 3) if args.quick else (20_000, 8)
     args.images, args.epochs = getattr(args, "images", images), getattr(args, "epochs", epochs)
     if args.quick:
         args.lams = [0.0, 0.1]

@@ -5,7 +5,8 @@
 trains on the 964 characters of Omniglot's background alphabets and verifies pairs of drawings of the 659
 characters of the evaluation alphabets by cosine similarity: are both of the same character? Three arms:
 softmax alone, softmax with center loss, and the same with centers that stay near zero, in effect a penalty on
-the norm of the features. Only the second has centers that move.
+the norm of the features. Only the second has centers that move. A fourth arm asks whether they lag behind:
+`--arms center means` compares them with class means that are made anew before each epoch.
 """
 
 import argparse
@@ -43,7 +44,12 @@ from sklearn.metrics import roc_curve
 import jax_centerloss
 
 SIDE = 28
-ARMS = {"softmax": "softmax alone", "center": "center loss", "frozen": "frozen centers (control)"}
+ARMS = {
+    "softmax": "softmax alone",
+    "center": "center loss",
+    "frozen": "frozen centers (control)",
+    "means": "means anew",
+}
 NEGATIVES = {"all": "all alphabets", "same": "same alphabet"}
 METRICS = {"tar1": "TAR at FAR 1 %", "tar01": "TAR at FAR 0.1 %", "eer": "EER"}
 TRAINED = {
@@ -93,7 +99,7 @@ def shifted(images: jax.Array, shifts: jax.Array) -> jax.Array:
     return jax.vmap(lambda image, by: jax.lax.dynamic_slice(image, by, (SIDE, SIDE)))(padded, shifts)
 
 
-# One program for the three arms: λ = 0 is softmax alone, α = 0 leaves centers where they are.
+# One program for all arms: λ = 0 is softmax alone, α = 0 leaves centers where they are.
 @nnx.jit(donate_argnums=(0, 1))
 def train_step(
     model: Model,
@@ -156,6 +162,11 @@ def train(
     alpha = np.float32(args.alpha if arm == "center" else 0)
     losses, previous = [], None
     for i, (chosen, shifts) in enumerate(batches(args, len(data.labels), seed)):
+        if arm == "means" and i % per_epoch == 0:
+            means = jax_centerloss.init_from_features(
+                model.center_loss, [(embed(model, data.images), data.labels)]
+            )
+            model.center_loss.centers = jax.tree.leaves(means)[0]
         if i == steps - per_epoch:
             previous = jax.tree.map(jnp.copy, nnx.state(model.center_loss))
         losses.append(
@@ -289,7 +300,7 @@ def tables(results: dict[str, Any], lams: dict[str, float]) -> str:
         [f"{ARMS[arm]}, λ = {lams[arm]:g}", *(spread(column(results[arm], *which), 2) for which in kinds)]
         for arm in results
     ]
-    pairs = [("center", "softmax"), ("frozen", "softmax"), ("center", "frozen")]
+    pairs = [("center", "softmax"), ("frozen", "softmax"), ("center", "frozen"), ("means", "center")]
     gains = arm_differences(
         results, ARMS, pairs, [partial(column, kind=kind, metric=metric) for kind, metric in kinds]
     )
@@ -355,7 +366,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--lam-center", type=number(float, 0), default=0.03, help="weight λ of the center loss")
     add("--lam-frozen", type=number(float, 0), default=0.01, help="the same with frozen centers")
-    add("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="which to train")
+    add("--arms", choices=ARMS, nargs="+", default=["softmax", "center", "frozen"], help="which to train")
     add("--feat-dim", type=number(int, 2), default=64, help="features per drawing")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="of all parameters of the network")
     add("--negatives", type=number(int, 1), default=1_000_000, help="pairs of two characters from anywhere")
@@ -374,7 +385,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the comparison; per arm a list with every seed's metrics."""
     args = parse_args(argv)
-    lams = {"softmax": 0.0, "center": args.lam_center, "frozen": args.lam_frozen}
+    lams = {"softmax": 0.0, "center": args.lam_center, "frozen": args.lam_frozen, "means": args.lam_center}
     with _ctrl_c.stopped_by_hand():
         background, evaluation = (load(args.data, name, SIDE) for name in MD5)
         if args.quick:  # Five alphabets of each.

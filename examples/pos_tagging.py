@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from _common import (
     Plane,
+    add_centers_flag,
     add_flags,
     check_finite,
     check_flags,
@@ -209,6 +210,10 @@ def fit(
 ) -> tuple[Tagger, Any, list[float]]:
     """The trained tagger, its centers one epoch before the end, and the mean loss of each epoch."""
     model = Tagger(words, args.hidden, args.time_major, rngs=nnx.Rngs(seed))
+    alpha = np.float32(args.alpha)
+    if args.centers == "zero":
+        model.center_loss.centers = jnp.zeros_like(model.center_loss.centers[...])
+        alpha = np.float32(0)
     steps = args.epochs * len(train)
     optimizer = nnx.Optimizer(model, make_optimizer(args.lr, steps), wrt=nnx.Param)
     # From lam / (steps of the warm-up) up to lam.
@@ -217,7 +222,7 @@ def fit(
     for epoch, weights in zip(epochs(args, train, seed), lams.reshape(args.epochs, -1), strict=True):
         previous = jax.tree.map(jnp.copy, nnx.state(model.center_loss))
         found = [
-            train_step(model, optimizer, *batch, weight, np.float32(args.alpha))
+            train_step(model, optimizer, *batch, weight, alpha)
             for batch, weight in zip(epoch, weights, strict=True)
         ]
         losses.append(float(np.mean(jax.device_get(found))))
@@ -310,6 +315,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="folder of a UD treebank, with *-ud-{train,dev,test}.conllu; else downloaded",
     )
     add("--lams", type=number(float, 0), nargs="+", default=[0, 0.001, 0.01], help="weights λ")
+    add_centers_flag(parser, "rule", "zero")
     add("--time-major", action="store_true", help="features as (seq, batch, D): the same numbers")
     add("--hidden", type=number(int, 1), default=128, help="units of the LSTM in each direction")
     add("--epochs", type=number(int, 1), default=6, help="epochs of each run")

@@ -10,6 +10,7 @@ import _common
 import numpy as np
 import omniglot
 import pytest
+from flax import nnx
 from PIL import Image, ImageDraw
 
 pytestmark = pytest.mark.usefixtures("as_users_run_it")
@@ -65,6 +66,21 @@ def test_learns_and_verifies(folder, tmp_path, capsys):
     assert "center loss - frozen centers (control)" in printed
     assert REAL or "never trained on, one seed, 6 epochs" in printed
     assert "±" not in printed
+
+
+@pytest.mark.slow
+def test_means_made_anew_are_those_of_the_network_before_its_epoch(folder, tmp_path):
+    data = omniglot.load(folder, "images_background", omniglot.SIDE)
+    args = omniglot.parse_args(
+        ["--epochs", "1", "--batch-size", "32", "--warmup", "0", "--out", str(tmp_path)]
+    )
+    untrained = omniglot.Model(20, args.feat_dim, rngs=nnx.Rngs(3))
+    x = omniglot.embed(untrained, data.images).astype(np.float64)
+    with omniglot.progress(1, "epoch") as bar:
+        model, found = omniglot.train(args, data, "means", 0.1, 3, bar)
+    means = [x[data.labels == character].mean(0) for character in range(20)]
+    np.testing.assert_allclose(model.center_loss.centers[...], means, rtol=1e-4, atol=1e-5)
+    assert found["moved"] == 0  # Within an epoch they rest.
 
 
 def test_lambda_is_chosen_on_alphabets_that_are_not_trained_on(folder, tmp_path, monkeypatch, capsys):

@@ -1,11 +1,17 @@
 """The spelling corrector: its typos, its softmax over some of the classes, and its training."""
 
+from functools import partial
+from pathlib import Path
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import words as example
+
+import jax_centerloss
 
 pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
@@ -168,3 +174,28 @@ def test_a_step_writes_its_rows_in_place(words):
     batch = next(example.batches(arguments(), words, 0))
     program = trainer.step.lower(trainer.start(0), batch, np.float32(0), pull=True).compile()
     assert program.memory_analysis().temp_size_in_bytes < 200_000 * 16 * 4 / 4  # A quarter of one table.
+
+
+def test_the_benchmark_compares_steps_that_are_the_same(rng, monkeypatch):
+    """With all classes drawn: by `apply_gradients`, by hand, and the full softmax with optax.adam."""
+    pytest.importorskip("torch", reason="the benchmark has peers in torch")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import head as benchmark
+
+    table = rng.normal(size=(9, 3)).astype(np.float32)
+    by_rows, dense = jax_centerloss.row_optimizer(optax.adam(benchmark.RATE)), optax.adam(benchmark.RATE)
+    zeros = jnp.zeros_like(table)
+    ways = {
+        "here": (partial(benchmark.here, by_rows), (table, by_rows.init(table))),
+        "plain": (benchmark.plain, (table, (jnp.zeros((), jnp.int32), zeros, zeros))),
+        "full": (partial(benchmark.full, dense), (table, dense.init(table))),
+    }
+    for _ in range(3):
+        x, labels = rng.normal(size=(4, 3)).astype(np.float32), rng.integers(0, 9, 4).astype(np.int32)
+        found = {}
+        for name, (step, held) in ways.items():
+            held, *found[name] = jax.jit(step)(held, x, labels, jnp.arange(9, dtype=jnp.int32))
+            found[name].append(held[0])
+            ways[name] = step, held
+        chex.assert_trees_all_close(found["here"], found["full"], rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_close(found["plain"], found["full"], rtol=1e-4, atol=1e-6)
