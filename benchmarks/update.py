@@ -13,7 +13,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,30 +56,16 @@ Step = Callable[[int], Any]  # Takes a step on the label set of that number and 
 OURS = ["paper", "gradient", "row Adam"]
 BY_HAND = {"paper": "plain paper", "gradient": "plain gradient", "row Adam": "plain Adam"}  # In JAX.
 AUTOGRAD = ["reference", "dense SGD", "sparse SGD", "SparseAdam"]  # Torch's.
-STYLES = {
-    "paper": ("tab:blue", "-"),
-    "gradient": ("tab:cyan", "-"),
-    "row Adam": ("tab:purple", "-"),
-    "plain paper": ("tab:blue", "-."),
-    "plain gradient": ("tab:cyan", "-."),
-    "plain Adam": ("tab:purple", "-."),
-    "jax dense": ("tab:green", "--"),
-    "reference": ("tab:red", "--"),
-    "dense SGD": ("tab:orange", "--"),
-    "sparse SGD": ("tab:brown", "--"),
-    "SparseAdam": ("tab:pink", "--"),
-    "by hand": ("tab:olive", ":"),
-    "rows": ("tab:gray", ":"),
-    "copy": ("black", ":"),
-}
-# The few lines of speed.png, and what each is called where it ends.
+COLUMNS = [*OURS, *BY_HAND.values(), "jax dense", *AUTOGRAD, "by hand", "rows", "copy"]
+# The lines of the pictures, and what each is called there.
 SHOWN = {
     "paper": ("tab:blue", "this library"),
-    "reference": ("tab:red", "PyTorch module"),
-    "dense SGD": ("tab:orange", "PyTorch, dense SGD"),
+    "plain paper": ("tab:green", "plain JAX by hand"),
     "sparse SGD": ("tab:brown", "PyTorch, sparse SGD"),
-    "rows": ("tab:gray", "limit of the memory"),
+    "dense SGD": ("tab:orange", "PyTorch,\ndense SGD"),
+    "reference": ("tab:red", "PyTorch module"),
 }
+IN_PANELS = ("paper", "plain paper", "sparse SGD", "dense SGD")
 
 
 class Bench:
@@ -286,41 +272,57 @@ class Bench:
         return {name: statistics.median(kept) for name, kept in times.items()}, ratios
 
 
-def draw(path: Path, results: dict[Cell, dict[str, float]]) -> None:
+def draw_lines(
+    ax: Any, results: dict[Cell, dict[str, float]], n: int, d: int, names: Iterable[str]
+) -> dict[str, tuple[float, float]]:
+    """The lines of one N and D, and where each of them ends."""
+    ends: dict[str, tuple[float, float]] = {}
+    for name in names:
+        color, label = SHOWN[name]
+        points = [(cell[2], t[name] * 1e3) for cell, t in results.items() if cell[:2] == (n, d) and name in t]
+        if points:
+            width = 3 if name in OURS else 1.8
+            ax.plot(*zip(*points, strict=True), color=color, marker="o", linewidth=width, label=label)
+            ends[name] = points[-1]
+    ax.set(xscale="log", yscale="log", xlabel="number of classes")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    ax.minorticks_off()
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ends
+
+
+def draw(path: Path, results: dict[Cell, dict[str, float]], d: int = 128) -> None:
+    """A panel for each N. Without this D among the results, it is of the first that there is."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows, columns = (sorted({cell[i] for cell in results}) for i in (0, 1))
+    if not any(cell[1] == d for cell in results):
+        d = next(iter(results))[1]
+    sizes = sorted({cell[0] for cell in results if cell[1] == d})
     figure, axes = plt.subplots(
-        len(rows),
-        len(columns),
-        squeeze=False,
-        figsize=(4 * len(columns) + 2, 3 * len(rows)),
-        layout="constrained",
+        1, len(sizes), squeeze=False, sharey=True, figsize=(9, 3.4), layout="constrained"
     )
-    for axis, (n, d) in zip(axes.flat, itertools.product(rows, columns), strict=True):
-        for name, (color, line) in STYLES.items():
-            points = [
-                (c, t[name] * 1e3) for (n_, d_, c), t in results.items() if (n_, d_) == (n, d) and name in t
-            ]
-            if points:
-                axis.plot(*zip(*points, strict=True), color=color, linestyle=line, marker=".", label=name)
-        axis.set(xscale="log", yscale="log", title=f"N = {n}, D = {d}", xlabel="classes", ylabel="ms a step")
-        axis.grid(alpha=0.3)
-    handles = {
-        label: line
-        for axis in axes.flat
-        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    for ax, n in zip(axes.flat, sizes, strict=True):
+        draw_lines(ax, results, n, d, IN_PANELS)
+        ax.set_title(f"{n:,} samples", loc="left")
+    axes[0, 0].set_ylabel("milliseconds a step")
+    lines, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        lines,
+        [label.replace("\n", " ") for label in labels],
+        loc="outside upper center",
+        ncols=4,
+        frameon=False,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=160)
 
 
 def draw_one(path: Path, results: dict[Cell, dict[str, float]], n: int = 1024, d: int = 128) -> None:
-    """The picture for newcomers: a few lines, of one N and D, each with its name at its end.
+    """The picture for newcomers: one N and D, each line with its name at its end.
 
     Without this N and D among the results, it is of the first that there is.
     """
@@ -332,27 +334,17 @@ def draw_one(path: Path, results: dict[Cell, dict[str, float]], n: int = 1024, d
     if not any(cell[:2] == (n, d) for cell in results):
         n, d = next(iter(results))[:2]
     figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    ends: dict[str, tuple[float, float]] = {}
-    for name, (color, label) in SHOWN.items():
-        points = [(cell[2], t[name] * 1e3) for cell, t in results.items() if cell[:2] == (n, d) and name in t]
-        if points:
-            ours = name in OURS
-            line = ":" if name == "rows" else "-"
-            ax.plot(*zip(*points, strict=True), line, color=color, marker="o", linewidth=3 if ours else 1.8)
-            ends[name] = points[-1]
-            # Of two lines that end within a third of each other, the lower one's name stands lower.
-            close = [y for x, y in ends.values() if x == points[-1][0] and y > points[-1][1] > y / 1.5]
-            below = [y for x, y in ends.values() if x == points[-1][0] and y < points[-1][1] < y * 1.5]
-            shift = -7 if close else 7 if below else 0
-            style = {"color": color, "va": "center", "weight": "bold" if ours else "normal"}
-            ax.annotate(label, points[-1], (8, shift), textcoords="offset points", **style)
-    ax.set(xscale="log", yscale="log", xlabel="number of classes", ylabel="milliseconds a step")
+    ends = draw_lines(ax, results, n, d, SHOWN)
+    for name, (x, y) in ends.items():
+        color, label = SHOWN[name]
+        # Of two lines that end within a third of each other, the lower one's name stands lower.
+        beside = [other for x_, other in ends.values() if x_ == x and y / 1.5 < other < y * 1.5]
+        shift = -7 if y < max(beside) else 7 if y > min(beside) else 0
+        style = {"color": color, "va": "center", "weight": "bold" if name in OURS else "normal"}
+        ax.annotate(label, (x, y), (8, shift), textcoords="offset points", **style)
+    ax.set_ylabel("milliseconds a step")
     ax.set_title(f"A step of {n:,} samples with {d} features", loc="left")
-    for values in (ax.xaxis, ax.yaxis):
-        values.set_major_formatter(lambda value, _: f"{value:,.10g}")
-    ax.minorticks_off()
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     low, high = ax.get_xlim()
     ax.set_xlim(low, high * (high / low) ** 0.3)  # Room for the names.
     ax.set_xticks([tick for tick in ax.get_xticks() if low <= tick <= high])
@@ -456,20 +448,20 @@ def main() -> int:
         f"jax {jax.__version__} on {jax.devices()[0].device_kind}, torch {torch.__version__} on {args.device}"
     )
     print("\nMilliseconds a step.\n")
-    print("| N | D | C | " + " | ".join(STYLES) + " |\n" + "|--:" * (3 + len(STYLES)) + "|")
+    print("| N | D | C | " + " | ".join(COLUMNS) + " |\n" + "|--:" * (3 + len(COLUMNS)) + "|")
     results: dict[Cell, dict[str, float]] = {}
     ratios: dict[Cell, dict[str, float]] = {}
     for n, d, c in cells:
         if 2 * 4 * c * d > args.memory * 2**30:
-            print(f"| {n} | {d} | {c:,} |" + " |" * len(STYLES) + " does not fit")
+            print(f"| {n} | {d} | {c:,} |" + " |" * len(COLUMNS) + " does not fit")
             continue
         # The reference takes seconds a step there; it is measured where a target asks for it.
         skip = {"reference"} if n * c > 2e8 else set()
         if args.plain:
-            skip = set(STYLES) - {*OURS, *BY_HAND.values()}
+            skip = set(COLUMNS) - {*OURS, *BY_HAND.values()}
         times, ratios[n, d, c] = Bench((n, d, c), args.device).run(args.memory * 2**30, args.seconds, skip)
         results[n, d, c] = times
-        shown = (f"{times[name] * 1e3:.3f}" if name in times else "" for name in STYLES)
+        shown = (f"{times[name] * 1e3:.3f}" if name in times else "" for name in COLUMNS)
         print(f"| {n} | {d} | {c:,} | " + " | ".join(shown) + " |", flush=True)
     if not results:
         parser.error("argument --memory: no cell fits")
@@ -477,9 +469,7 @@ def main() -> int:
     missed = report(results, ratios)
     draw(args.out / "update.png", results)
     draw_one(args.out / "speed.png", results)
-    print(
-        f"\nCost against the classes: {args.out / 'speed.png'}, and of all peers: {args.out / 'update.png'}"
-    )
+    print(f"\nCost against the classes: {args.out / 'speed.png'}, and for each N: {args.out / 'update.png'}")
     return int(args.check and bool(missed))
 
 

@@ -58,7 +58,10 @@ def test_the_keras_model_learns_and_is_saved_and_loaded(layer):
     np.testing.assert_array_equal(again.predict([pixels, digits], verbose=0), logits)
     centers = [np.asarray(m.get_layer("center_loss").centers) for m in (model, again)]
     np.testing.assert_array_equal(*centers)
-    assert again.get_layer("center_loss").get_config()["rule"] == "paper"
+    config = again.get_layer("center_loss").get_config()
+    assert (config["rule"], config["weight"], config["warmup"]) == ("paper", 0.01, 100)
+    # The count of steps is saved too, so that λ goes on where it was.
+    assert again.get_layer("center_loss").steps == model.get_layer("center_loss").steps == 5 * 57
     again.fit([pixels, digits], digits, epochs=1, verbose=0)  # It goes on from there.
     assert np.abs(np.asarray(again.get_layer("center_loss").centers) - centers[1]).max() > 1e-3
     model.evaluate([pixels, digits], digits, verbose=0)
@@ -66,10 +69,12 @@ def test_the_keras_model_learns_and_is_saved_and_loaded(layer):
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-def test_a_keras_step_is_the_librarys(keras, layer, rng, policy):
+@pytest.mark.parametrize("warmup", [1, 4])
+def test_a_keras_step_is_the_librarys(keras, layer, rng, policy, warmup):
     images, labels = keras.Input((4,)), keras.Input((), dtype="int32")
     x = keras.layers.Dense(3, use_bias=False, name="features")(images)
-    out = layer["CenterLoss"](5, weight=0.25, alpha=0.4, name="center_loss", dtype=policy)(x, labels)
+    options = {"weight": 0.25, "warmup": warmup, "alpha": 0.4, "name": "center_loss", "dtype": policy}
+    out = layer["CenterLoss"](5, **options)(x, labels)
     model = keras.Model([images, labels], out)
     model.compile(keras.optimizers.SGD(0.1), None)
     w, c = (
@@ -78,13 +83,14 @@ def test_a_keras_step_is_the_librarys(keras, layer, rng, policy):
     dtype = jnp.float32 if policy == "float32" else jnp.bfloat16
     close = {"rtol": 1e-5, "atol": 1e-6} if policy == "float32" else {"rtol": 0.02, "atol": 0.02}
 
-    def loss_of(w, c, z, y):
+    def loss_of(w, c, z, y, lam):
         x = (z @ w).astype(dtype)
-        return 0.25 * jcl.center_loss(c, x, y), jcl.update_centers(c, x, y, alpha=0.4)
+        return lam * jcl.center_loss(c, x, y), jcl.update_centers(c, x, y, alpha=0.4)
 
-    for _ in range(3):
+    for step in range(1, 4):
+        lam = 0.25 * min(1, step / warmup)
         z, y = rng.normal(size=(8, 4)).astype(np.float32), rng.integers(-1, 5, 8).astype(np.int32)
-        (want, c), grad = jax.value_and_grad(loss_of, has_aux=True)(w, c, z, y)
+        (want, c), grad = jax.value_and_grad(loss_of, has_aux=True)(w, c, z, y, lam)
         w = w - 0.1 * grad
         np.testing.assert_allclose(model.train_on_batch([z, y]), want, **close)
         np.testing.assert_allclose(model.get_layer("features").kernel, w, **close)
@@ -175,6 +181,7 @@ def test_kauldrons_weight_and_mask_mean_what_is_meant_here(kauldron_loss, rng, f
     mask = rng.uniform(size=12) if fractions else rng.integers(0, 2, 12).astype(float)
     mask[11] = 0
     context, *_ = context_of(rng, mask=mask)
+    context["step"] = 500  # After the warm-up.
     context["preds"]["features"] = context["preds"]["features"].at[11].set(jnp.nan)
     context["batch"]["label"] = context["batch"]["label"].at[11].set(1)
 
@@ -185,22 +192,23 @@ def test_kauldrons_weight_and_mask_mean_what_is_meant_here(kauldron_loss, rng, f
         return loss.get_state_from_context(given).compute()
 
     def ours(centers, x):
-        return 0.1 * jcl.center_loss(centers, x, context["batch"]["label"], weights=jnp.float32(mask))
+        return 0.01 * jcl.center_loss(centers, x, context["batch"]["label"], weights=jnp.float32(mask))
 
     arrays = context["params"]["centers"], context["preds"]["features"]
     found, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(*arrays) for f in (theirs, ours))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
         assert np.isfinite(a).all()
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
 
 
 def test_a_kauldron_loss_without_a_mask_with_a_schedule_and_with_nothing_to_count(kauldron_loss, rng):
-    of, _ = kauldron_loss
+    of, page = kauldron_loss
     keys = {"x": "preds.features", "labels": "batch.label"}
     context, x, labels, centers = context_of(rng, mask=np.zeros(12))
     squares = np.sum((x - centers[labels]) ** 2, axis=-1)[labels >= 0]
     for options, want in (
         ({"weight": lambda step: 0.1 * step}, 0.3 * squares.mean()),
+        ({"weight": page.weight}, 0.01 * 3 / 500 * squares.mean()),
         ({"normalize_by": "values"}, squares.sum() / 12),
         ({"mask": "batch.mask"}, 0.0),
     ):
