@@ -1,7 +1,4 @@
-"""Center loss in Flax Linen: handwritten digits become ten compact clusters in the plane.
-
-`python examples/quickstart_linen.py` trains on scikit-learn's digits; its picture is in out/.
-"""
+"""Center loss in Flax Linen, on digits: `python examples/quickstart_linen.py` draws ten compact clusters."""
 
 import argparse
 from functools import partial
@@ -18,7 +15,8 @@ from tqdm import tqdm
 
 import jax_centerloss
 
-EPOCHS, BATCH_SIZE, LAM = 60, 64, 0.1  # LAM is the weight of the center loss.
+EPOCHS, BATCH_SIZE = 60, 64
+LAM = optax.linear_schedule(0.0, 0.01, transition_steps=200)  # The weight of the center loss, warmed up.
 
 
 class Model(nn.Module):
@@ -31,19 +29,21 @@ class Model(nn.Module):
 
 @partial(jax.jit, donate_argnums=0)
 def train_step(state, images, labels):
+    lam = LAM(optax.tree_utils.tree_get(state.opt_state, "center_step"))
+
     def loss_fn(params):
         _, logits, center_loss = state.apply_fn({"params": params}, images, labels)
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return cross_entropy + LAM * center_loss
+        return cross_entropy + lam * center_loss
 
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
     return state.apply_gradients(grads=grads), loss
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
-    out = parser.parse_args(argv).out
+    picture = parser.parse_args(argv).out / "quickstart_linen.png"
     pixels, digits = load_digits(return_X_y=True)
     images, test_images, labels, test_labels = train_test_split(pixels / 16, digits, random_state=0)
 
@@ -59,11 +59,11 @@ def main(argv=None):
 
     x, logits, _ = model.apply({"params": state.params}, test_images, test_labels)
     print(f"test accuracy: {(logits.argmax(-1) == test_labels).mean():.1%}")
-    centers = state.params["center_loss"]
-    metrics = jax_centerloss.center_metrics(centers, x, test_labels)
+    metrics = jax_centerloss.center_metrics(state.params["center_loss"], x, test_labels)
     print(", ".join(f"{name}: {value:.2f}" for name, value in metrics.items()))
-    out.mkdir(parents=True, exist_ok=True)
-    jax_centerloss.plot(centers, x, test_labels).figure.savefig(out / "quickstart_linen.png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    jax_centerloss.plot(state.params["center_loss"], x, test_labels).figure.savefig(picture)
+    print(f"picture: {picture}")
 
 
 if __name__ == "__main__":

@@ -27,14 +27,15 @@ def center_metrics(
 ) -> dict[str, jax.Array]:
     """How compact the classes of a batch are, how far apart, and whether their centers move.
 
-    All distances are Euclidean, not squared, so that they can be compared with each other. Training works if
-    `own_distance` falls below `gap`, the distance to the nearest other center minus `own_distance`: a sample
-    is then less than half as far from its own center as from another. If centers barely move, `moved` is far
-    below `own_distance`; the usual cause is a step that is scaled by the weight of the loss, see
-    `with_center_optimizer`.
+    All distances are Euclidean, not squared, so that they can be compared with each other. Judge a training
+    by `ratio`, beside the ratio of the same training without center loss: the smaller it is, the more compact
+    are the classes. (That `own_distance` is below `gap` proves nothing: it is without center loss, too.) If
+    centers barely move, `moved` is far below `own_distance`; the usual cause is a step that is scaled by the
+    weight of the loss, see `with_center_optimizer`.
 
-    The cost is O(N·D), and for `gap` O(N·min(C, 1024)·D). With more than 1,024 classes only 1,024 evenly
-    spaced ones are searched, and `gap` is an upper bound. The derivative of a distance of 0 is 0.
+    The cost is O(N·D), and for `gap` and `ratio` O(N·min(C, 1024)·D). With more than 1,024 classes only 1,024
+    evenly spaced ones are searched: `gap` is then an upper bound, and `ratio` a lower one. The derivative of
+    a distance of 0 is 0.
 
     In a jitted step that moves the centers, compute the metrics from the centers before the move, and pass
     them to the move in `after`. Keep `previous` outside of the step, since the step donates its centers.
@@ -58,15 +59,15 @@ def center_metrics(
     Returns:
       A dict of scalars: 0 if no sample is used, and in float32 (float64 if an operand is) unless stated.
 
-      `"own_distance"`: the distance of a sample to the center of its class, mean over the samples;
-      `"gap"`: how much farther the nearest center of another class is, mean over the samples. It is negative
-      for a sample that is nearer to that center, and infinite if there is no other class;
-      `"ratio"`: the mean distance to the center of the own class over the mean distance to the nearest other
-      center. It does not depend on the scale of the features: the lower the better, and 0 if there is no
-      other class;
-      `"classes_seen"`: int32, the number of classes of the used samples;
-      `"moved"`: the distance of a center to the same row of `previous`, mean over the classes of the used
-      samples. Only with `previous`.
+      - `"own_distance"`: the distance of a sample to the center of its class, mean over the samples.
+      - `"gap"`: how much farther the nearest center of another class is, mean over the samples. It is
+        negative for a sample that is nearer to that center, and infinite if there is no other class.
+      - `"ratio"`: the mean distance to the center of the own class over the mean distance to the nearest
+        other center. It does not depend on the scale of the features: the lower the better, and 0 if there is
+        no other class.
+      - `"classes_seen"`: int32, the number of classes of the used samples.
+      - `"moved"`: the distance of a center to the same row of `previous`, mean over the classes of the used
+        samples. Only with `previous`.
 
     Raises:
       ValueError: on a shape that does not fit, a `previous` that is no earlier table, or outside of `jit` a

@@ -54,6 +54,9 @@ def with_center_optimizer(
     of that name too (radial basis functions, clustering), so that with several such leaves `select` has to
     say which are centers.
 
+    The gradient of the centers is as large as their table. From some ten thousand classes on, move them by
+    `update_centers` or a `row_optimizer` instead.
+
     The gradient of `cross_entropy + lam * center_loss` with respect to the centers is proportional to `lam`.
     `weight=lam` divides by `lam`, so that the learning rate of the centers does not depend on it. Without
     `weight`, SGD moves the centers `lam` times as far. If `lam` is a schedule, the loss and this

@@ -80,24 +80,13 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
     Returns:
       Three functions. Under `jit`, donate `params` and `state`, so that both are written in place.
 
-      `init(params) -> state`: the state of `tx` for `params`, a pytree with one leaf, the `(C, D)` centers.
-
-      `update(params, state, x, labels, *, rule="gradient", where=None, weights=None, axis_name=None,
-      after=None, rounding_key=None) -> (params, state)`: moved centers, in the tree structure and dtype of
-      `params`, and the new state. As its gradient, `tx` gets the negative of the step that `rule` takes at
-      alpha = 1. The arguments are those of `update_centers`. Gradients pass through it.
-
-      `apply_gradients(params, state, rows, gradients, *, where=None, axis_name=None, after=None,
-      rounding_key=None) -> (params, state)`: `rows (...)` are integer indices of rows, and `gradients (...,
-      D)` the gradients with respect to them, floating point. Gradients of a row that stands twice are summed.
-      A negative index leaves its gradient out, as does `where=False`. An index `>= C` raises; under `jit`,
-      where it is not known, it is left out. The other arguments are those of `update_centers`.
+      - `init(params)`: the state of `tx` for these centers.
+      - `update(params, state, x, labels)`: moved centers and the new state, by a rule on features of a batch.
+      - `apply_gradients(params, state, rows, gradients)`: the same, by gradients with respect to some rows.
 
     Raises:
       TypeError: if `tx` is not an optax transformation, or holds traced values.
-      ValueError: if the step of a row depends on other rows, or `state_dtype` is not supported; on a step,
-        if `state` does not belong to this optimizer and these centers, if its dtype needs a `rounding_key`,
-        and what `update_centers` raises.
+      ValueError: if the step of a row depends on other rows, or `state_dtype` is not supported.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jax_centerloss
@@ -122,6 +111,14 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
     program = _update.jit_move(step)
 
     def init(params: Any) -> Any:
+        """The state of the transformation for these centers.
+
+        Args:
+          params: a pytree with one leaf, the `(C, D)` centers.
+
+        Returns:
+          The state of `tx`. What it holds for each row is in `state_dtype`, if that is given.
+        """
         centers = _checks.as_table(params, advice=f" {_NO_TRANSFORMATION}")
         return transform.place_state(init_state(centers), centers)
 
@@ -138,6 +135,24 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         after: Any = None,
         rounding_key: jax.Array | None = None,
     ) -> tuple[Any, Any]:
+        """Moves the centers of the batch's classes. Gradients pass through it.
+
+        Args:
+          params: a pytree with one leaf, the `(C, D)` centers.
+          state: what `init` or the last step returned.
+          x: features `(..., D)`, floating point.
+          labels: integer classes `(...)`.
+          rule: `tx` gets as its gradient the negative of the step that this rule of `update_centers` takes at
+            alpha = 1.
+          where, weights, axis_name, after, rounding_key: as in `update_centers`.
+
+        Returns:
+          `(params, state)`: moved centers, in the tree structure and dtype of `params`, and the new state.
+
+        Raises:
+          ValueError: if `state` does not belong to this optimizer and these centers, if its dtype needs a
+            `rounding_key`, and what `update_centers` raises.
+        """
         if labels is None:
             raise TypeError(f"labels are missing. {_NO_TRANSFORMATION}")
         given = x, labels, where, weights
@@ -155,6 +170,23 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
         after: Any = None,
         rounding_key: jax.Array | None = None,
     ) -> tuple[Any, Any]:
+        """Moves rows of any `(C, D)` table by gradients with respect to them.
+
+        Args:
+          params: a pytree with one leaf, the `(C, D)` table.
+          state: what `init` or the last step returned.
+          rows: integer indices `(...)` of rows. A negative index leaves its gradient out. An index `>= C`
+            raises; under `jit`, where it is not known, it leaves its gradient out.
+          gradients: `(..., D)`, floating point. Gradients of a row that stands twice are summed.
+          where: boolean `(...)`, the gradients to use; all by default.
+          axis_name, after, rounding_key: as in `update_centers`.
+
+        Returns:
+          `(params, state)`: the moved table, in the tree structure and dtype of `params`, and the new state.
+
+        Raises:
+          ValueError: as `update`.
+        """
         return move(params, state, (gradients, rows, where, None), None, axis_name, after, rounding_key)
 
     def move(

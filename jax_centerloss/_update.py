@@ -34,10 +34,10 @@ def update_centers(
     Unlike a gradient step on `cross_entropy + lam * center_loss`, the move does not depend on `lam`. With N
     used samples, `n_j` of them of class j,
 
-      `"paper"`: `c_j - alpha * sum(c_j - x) / (1 + n_j)`, the paper's Eq. 4;
-      `"gradient"`: `c_j - alpha * 2 * sum(c_j - x) / N`, gradient descent on `center_loss` with its default
+    - `"paper"`: `c_j - alpha * sum(c_j - x) / (1 + n_j)`, the paper's Eq. 4;
+    - `"gradient"`: `c_j - alpha * 2 * sum(c_j - x) / N`, gradient descent on `center_loss` with its default
       `reduce_fn` and `clip`;
-      `"mean"`: `c_j - alpha * sum(c_j - x) / n_j`, alpha of the way to the mean of the class in the batch: a
+    - `"mean"`: `c_j - alpha * sum(c_j - x) / n_j`, alpha of the way to the mean of the class in the batch: a
       moving average of class means.
 
     A sample of weight k counts as k samples in the sums, in `n_j` and in N.

@@ -62,6 +62,8 @@ def test_a_page_runs(page, capsys):
     for (kind, block), (next_kind, next_block) in itertools.pairwise(shown):
         if kind != "python":
             continue
+        if "Each block runs alone" in " ".join(text.split()):
+            space = {}
         exec(compile(block, page.name, "exec"), space)
         printed = capsys.readouterr().out
         # What a page prints stands behind the call that prints it, or in a block of text below: the numbers
@@ -89,7 +91,29 @@ def it_has_learned(space):
     assert metrics["classes_seen"] == 10
     assert 0 < metrics["own_distance"] < metrics["gap"]
     assert metrics["own_distance"] / 30 < metrics["moved"] < metrics["own_distance"]
+    with_center_loss, alone = ratios_of_the_page()
+    assert metrics["ratio"] < (with_center_loss + alone) / 2
     return True
+
+
+def ratios_of_the_page():
+    """The ratios that Getting started shows of a good run, and of softmax alone."""
+    (row,) = re.findall(r"^\| `ratio` \|.*$", text_of("getting_started"), flags=re.MULTILINE)
+    return [float(cell) for cell in row.split("|")[3:5]]
+
+
+def test_softmax_alone_has_another_ratio_and_its_own_distance_is_below_the_gap_too():
+    (block,) = (text for _, text in fences(text_of("getting_started"), "python") if "def features" in text)
+    pulled = 'center_loss(params["center_loss"], x, labels)'
+    followed = pulled.replace("x,", "jax.lax.stop_gradient(x),")
+    assert block.count(pulled) == 1
+    space = {}
+    exec(compile(block.replace(pulled, followed), "getting_started", "exec"), space)
+    metrics = space["metrics"]
+    with_center_loss, alone = ratios_of_the_page()
+    assert metrics["ratio"] > (with_center_loss + alone) / 2
+    assert metrics["own_distance"] < metrics["gap"]
+    assert metrics["moved"] > metrics["own_distance"] / 30
 
 
 # What is asserted of a page's names, after each of its blocks that trains.
@@ -130,6 +154,7 @@ def test_the_pytorch_script_runs_and_its_centers_are_read(center_loss_of_torch):
 
 
 def test_the_pytorch_script_and_its_port_take_the_same_steps(center_loss_of_torch):
+    """To the end of the warm-up and beyond: in the first step λ is 0, and centers rest."""
     theirs, ours = {}, {}
     exec(torch_script()[0], theirs)
     _, script = fences(text_of("coming_from"), "python")[0]
@@ -144,17 +169,32 @@ def test_the_pytorch_script_and_its_port_take_the_same_steps(center_loss_of_torc
         nnx.update(linear, {"bias": layer.bias.detach().numpy().copy()})
     nnx.update(port.center_loss, jax_centerloss.from_torch(theirs["criterion"].state_dict()))
     np.testing.assert_array_equal(theirs["train_x"].numpy(), ours["train_x"])
-    for batch in np.arange(1280).reshape(20, 64):
+    start = theirs["criterion"].centers.detach().numpy().copy()
+    batches = np.arange(1280).reshape(20, 64)
+    for count, batch in enumerate(np.tile(batches, (5, 1))):
         loss = ours["step"](port, ours["optimizer"], ours["train_x"][batch], ours["train_y"][batch])
-        np.testing.assert_allclose(
-            loss, theirs["step"](theirs["train_x"][batch], theirs["train_y"][batch]), rtol=1e-4
-        )
+        want = theirs["step"](count, theirs["train_x"][batch], theirs["train_y"][batch])
+        np.testing.assert_allclose(loss, want, rtol=1e-4)
+        rests = np.array_equal(theirs["criterion"].centers.detach(), start)
+        assert np.array_equal(port.center_loss.centers[...], start) == rests == (count == 0)
     np.testing.assert_allclose(
         jax.tree.leaves(port.center_loss)[0],
         theirs["criterion"].centers.detach().numpy(),
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+def test_a_checkpoint_goes_into_a_module_and_into_params(rng):
+    blocks = [text for _, text in fences(text_of("coming_from"), "python")]
+    (block,) = (text for text in blocks if 'state_dict = {"center_loss' in text)
+    zeros = "np.zeros((10, 16), np.float16)"
+    assert block.count(zeros) == 1
+    space = {"table": rng.normal(size=(10, 16)).astype(np.float16)}
+    exec(block.replace(zeros, "table"), space)
+    for found in (space["center_loss"].centers[...], space["params"]["center_loss"]["centers"]):
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(found, space["table"].astype(np.float32))
 
 
 def test_facenets_centers_take_its_own_step(rng):
@@ -249,11 +289,30 @@ def test_each_error_that_is_explained_is_tested():
     assert re.findall(r"^\| `(.*?)`", table, flags=re.MULTILINE) == list(ERRORS)
 
 
+WARM_UP = """
+import jax, jax.numpy as jnp
+images, labels = jax.random.normal(jax.random.key(0), (32, 64)), jnp.arange(32) % 10
+for _ in range(3):
+    loss = train_step(model, optimizer, images, labels)
+"""
+
+
+def block_of(page, words):
+    """The only block of a page that has the words."""
+    (block,) = (text for _, text in fences(text_of(page), "python") if words in text)
+    return block
+
+
+def defined(code):
+    """What a block defines, alone."""
+    space = {}
+    exec(compile(code, "a block", "exec"), space)
+    return space
+
+
 def test_a_schedule_of_the_weight_is_that_of_the_loss():
     """After the page's warm-up steps, the centers' chain has counted as many as the optimizer."""
-    ((_, block),) = fences(text_of("choosing"), "python")
-    space = {}
-    exec(compile(block, "choosing", "exec"), space)
+    space = defined(block_of("moving_centers", "def train_step") + WARM_UP)
     state = nnx.to_pure_dict(nnx.state(space["optimizer"]))
     counts = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.int32 or leaf.dtype == jnp.uint32]
     assert {int(count) for count in counts} == {3}
@@ -261,13 +320,121 @@ def test_a_schedule_of_the_weight_is_that_of_the_loss():
 
 def test_the_warm_up_of_the_page_with_accumulated_gradients():
     """Six times the same batch, two for each update, train as three times without accumulation."""
-    ((_, block),) = fences(text_of("choosing"), "python")
-    usual, accumulated = {}, {}
-    exec(compile(block, "choosing", "exec"), usual)
+    block = block_of("moving_centers", "def train_step")
+    assert "`optax.MultiSteps(tx, k)` around the whole" in text_of("choosing")
+    usual = defined(block + WARM_UP)
     block = block.replace("nnx.Optimizer(model, tx", "nnx.Optimizer(model, optax.MultiSteps(tx, 2)")
-    exec(compile(block.replace("range(3)", "range(6)"), "choosing", "exec"), accumulated)
+    accumulated = defined(block + WARM_UP.replace("range(3)", "range(6)"))
     got, want = (nnx.to_pure_dict(nnx.state(space["model"], nnx.Param)) for space in (accumulated, usual))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got, want)
+
+
+def test_the_sweep_is_a_training_for_each_weight():
+    space = defined(block_of("choosing", "vmap"))
+    run, found = jax.jit(space["run"]), np.stack([space["ratios"], space["accuracies"]], axis=1)
+    alone = [run(lam) for lam in space["lams"]]
+    np.testing.assert_allclose(found, alone, rtol=0.01)
+    assert (np.diff(space["ratios"]) < 0).all()
+
+
+def test_a_traced_weight_is_divided_out():
+    """A sweep of centers that are parameters: they move alike at every λ, and rest at 0."""
+    params = {"center_loss": jax_centerloss.init_centers(jax.random.key(0), 4, 2)}
+    x, labels = some(64, 2), jnp.arange(64) % 4
+
+    @jax.jit
+    @jax.vmap
+    def moved(lam):
+        tx = jax_centerloss.with_center_optimizer(optax.adam(1e-3), weight=lam)
+        grads = jax.grad(lambda p: lam * jax_centerloss.center_loss(p["center_loss"], x, labels))(params)
+        return tx.update(grads, tx.init(params), params)[0]["center_loss"]["centers"]
+
+    none, small, large = moved(jnp.array([0.0, 0.001, 0.1]))
+    np.testing.assert_allclose(small, large, rtol=1e-4)
+    assert (none == 0).all()
+    assert (large != 0).all()
+
+
+def test_a_lone_sample_moves_its_center_as_the_page_says():
+    rows = re.findall(r'^\| `"(\w+)"`.*\| ([\d.]+) \|$', text_of("moving_centers"), flags=re.MULTILINE)
+    assert [rule for rule, _ in rows] == ["paper", "gradient", "mean"]
+    centers, labels = jnp.zeros((128, 2)), jnp.arange(128)
+    x = jnp.zeros((128, 2)).at[0].set(jnp.array([1.0, 0.0]))
+    for rule, said in rows:
+        moved = jax_centerloss.update_centers(centers, x, labels, rule=rule, alpha=0.5)
+        assert float(said) == round(float(moved[0, 0]), 4)
+        assert (moved[1:] == 0).all()
+
+
+def test_a_center_loss_that_is_off_shows():
+    """Of the page on what does not work: never called, and a table that is another than the optimizer's."""
+    assert '`grads["center_loss"]`, is 0' in text_of("troubleshooting")
+    params = {"w": some(3, 2), "center_loss": jax_centerloss.init_centers(jax.random.key(0), 4, 2)}
+    other = jax_centerloss.init_centers(jax.random.key(1), 4, 2)
+    images, labels = some(64, 3), jnp.arange(64) % 4
+    tx = jax_centerloss.with_center_optimizer(optax.sgd(0.1), weight=0.01)
+
+    def never_called(params, x):
+        return 0.0
+
+    def another_table(params, x):
+        return jax_centerloss.center_loss(other, x, labels)
+
+    def called(params, x):
+        return jax_centerloss.center_loss(params["center_loss"], x, labels)
+
+    for center_loss, is_on in ((never_called, False), (another_table, False), (called, True)):
+
+        def loss_fn(params, center_loss=center_loss):
+            x = images @ params["w"]
+            return jnp.mean(x**2) + 0.01 * center_loss(params, x)
+
+        grads = jax.grad(loss_fn)(params)
+        assert bool((grads["center_loss"]["centers"] != 0).any()) == is_on
+        updates, _ = tx.update(grads, tx.init(params), params)
+        after = optax.apply_updates(params, updates)["center_loss"]
+        x = images @ params["w"]
+        metrics = jax_centerloss.center_metrics(after, x, labels, previous=params["center_loss"])
+        assert (metrics["moved"] > 0) == is_on
+
+
+def test_small_weights_freeze_the_centers_of_the_papers_rule():
+    """Weights of one over the number of a class's samples, with the page's numbers."""
+    said = re.findall(r"`moved` was ([\d.]+),\s+by `rule=\"mean\"` (\d\.\d+)", text_of("troubleshooting"))
+    params = jax_centerloss.init_centers(jax.random.key(0), num_classes=3, feat_dim=2)
+    x, labels = jax.random.normal(jax.random.key(1), (6, 2)), jnp.array([0, 0, 0, 0, 1, 2])
+    weights = 1 / jnp.array([4000.0, 1000.0, 1000.0])[labels]
+
+    def moved(rule, weights):
+        after = jax_centerloss.update_centers(params, x, labels, weights=weights, rule=rule)
+        return float(jax_centerloss.center_metrics(after, x, labels, previous=params)["moved"])
+
+    assert [(f"{moved('paper', weights):.4f}", f"{moved('mean', weights):.2f}")] == said
+    assert moved("paper", weights / weights.mean()) > 0.6 * moved("mean", weights)
+
+
+def test_centers_freeze_as_the_page_says():
+    section = text_of("moving_centers").split("## Freeze centers")[1].split("\n## ")[0]
+    chains = re.findall(r"`(?:centers=)?(optax\.(?:sgd|set_to_zero)\(.*?\))`[.:]", section)
+    assert len(chains) == 2
+    x, labels = some(16, 2), jnp.arange(16) % 4
+    params = {"head": jnp.ones(2), "center_loss": jax_centerloss.init_centers(jax.random.key(0), 4, 2)}
+
+    def loss_fn(params):
+        return jax_centerloss.center_loss(params["center_loss"], x, labels) + params["head"].sum()
+
+    grads = jax.grad(loss_fn)(params)
+    for chain, steps in zip(chains, (0, 1000), strict=True):
+        tx = jax_centerloss.with_center_optimizer(optax.sgd(0.1), centers=eval(chain))
+        state = tx.init(params)
+        step = jax.jit(tx.update)
+        for i in range(steps + 2):
+            updates, state = step(grads, state, params)
+            assert bool((updates["center_loss"]["centers"] == 0).all()) == (i >= steps)
+        assert (updates["head"] != 0).all()
+    resting = jnp.array([True, False, False, True])
+    moved = jax_centerloss.update_centers(params["center_loss"], x, labels, where=~resting[labels])["centers"]
+    np.testing.assert_array_equal((moved == params["center_loss"]["centers"]).all(axis=1), resting)
 
 
 DIGITS = "import jax.numpy as jnp; images, labels = some(64, 64), jnp.arange(64) % 10"
@@ -280,16 +447,12 @@ USES = {
             images, labels = some(16, 256), jnp.arange(16) // 4
             loss = step(model, optimizer, images, labels)
         """,
-        "def literal": """
-            grads = jax.tree.map(jax.numpy.ones_like, params)
-            moved = jax.jit(literal)(grads, params, state_model, state_centers)
-        """,
         "facenet": "found = jax.jit(facenet_center_loss)(jnp.zeros((8, 4)), some(8, 4), jnp.arange(8))",
     },
     "getting_started": {
         "class Model": f"{DIGITS}; loss = step(model, optimizer, images, labels)",
         "class Net": f"{DIGITS}; params, opt_state, loss = step(params, opt_state, images, labels)",
-        "def dense": f"{DIGITS}; params, opt_state, loss = step(params, opt_state, images, labels)",
+        "def features": f"{DIGITS}; params, opt_state, loss = step(params, opt_state, images, labels)",
         "def loss_fn(params, x, logits": """
             params = jax_centerloss.init_centers(jax.random.key(0), 8, 4)
             x, logits, labels = some(8, 4, 4), some(8, 4, 8), jnp.arange(32).reshape(8, 4) % 9 - 1
@@ -349,6 +512,7 @@ USES = {
             of_several = graded(three_c_net_loss)(centers, *several)
         """,
         "def radius_loss": "of_radius = graded(radius_loss)(centers, x, labels, 1.0)",
+        "def arcface": "of_arcface = jax.jit(arcface_logits)(some(5, 3), x, labels)",
         "def outlier_score": "scores = jax.jit(outlier_score)(centers, x)",
         "def single_center": "of_single = graded(single_center_loss)(centers[:1], x, labels % 2)",
         "def contrastive": "of_contrastive = graded(contrastive_center_loss)(centers, x, labels)",
@@ -378,16 +542,18 @@ USES = {
 # The statements, by words of theirs, that are not run with what is split over a mesh, and why.
 ALONE = {
     "print(": "it shows numbers of one device",
-    "moved = {rule:": "it reads single numbers of split centers, which JAX refuses on Explicit axes",
-    "naive =": "it takes micro-batches out of an array that is split over them",
 }
 # Pages that are not run on a mesh, or on Auto axes only, and why.
 UNSPLIT = {
-    "export": "its program is exported for one device",
+    "speed": "a mesh is one of the things that its plain lines get wrong: tests/test_plain.py",
+    "deploy": "its program is exported for one device",
     "other_frameworks": "Keras and kauldron place arrays themselves",
     "many_devices": "its arrays lie on meshes of their own, which its own test looks at",
 }
-AUTO_ONLY = {"reading_lines": "optax.ctc_loss and nnx.RNN refuse a batch that is split over Explicit axes"}
+AUTO_ONLY = {
+    "reading_lines": "optax.ctc_loss and nnx.RNN refuse a batch that is split over Explicit axes",
+    "many_classes": "JAX sorts no labels that are split over Explicit axes",
+}
 if jax.__version_info__ < (0, 10):
     AUTO_ONLY["troubleshooting"] = "checkify of JAX 0.7 takes Explicit axes for Auto ones inside of auto_axes"
 README = DOCS.parent / "README.md"
@@ -531,3 +697,79 @@ def test_each_use_and_exception_belongs_to_a_page():
     for page, uses in USES.items():
         assert all(words in texts[page] for words in uses)
     assert all(any(words in text for text in texts.values()) for words in ALONE)
+
+
+def test_each_test_of_a_guarantee_is_in_the_file_that_it_links_to():
+    named = re.findall(r"`(test_\w+)`", text_of("guarantees"))
+    linked = re.findall(r"\[`(test_\w+)`\]\(\.\./tests/(test_\w+\.py)\)", text_of("guarantees"))
+    assert named == [name for name, _ in linked]
+    for name, file in linked:
+        assert f"def {name}(" in (DOCS.parent / "tests" / file).read_text(encoding="utf-8"), name
+
+
+def test_the_rows_on_top_of_the_page_on_speed_are_those_of_its_table():
+    lines = [line for line in text_of("speed").splitlines() if "|" in line]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    table = [row for row in rows if len(row) == 11]
+    of_cells = [row for row in table if row[:2] == ["1024", "128"]]
+    column = dict(zip(table[0], zip(*of_cells, strict=True), strict=True))
+    tops = {
+        "this library, the paper's rule": "paper",
+        "plain JAX by hand, the paper's rule": "plain paper",
+        "PyTorch, sparse SGD": "sparse SGD",
+        "PyTorch, dense SGD": "dense SGD",
+        "[PyTorch module](https://github.com/KaiyangZhou/pytorch-center-loss)": "reference",
+    }
+    found = {row[0]: tuple(row[1:]) for row in rows if row[0] in tops}
+    assert found == {top: column[name] for top, name in tops.items()}
+
+
+def many_classes_step(sizes):
+    """What the first block of the page on many classes defines, for tables of these sizes."""
+    block = next(text for _, text in fences(text_of("many_classes"), "python") if "sampled_softmax" in text)
+    assert "= 100_000, 64\n" in block
+    space = {}
+    exec(block.split("x, labels =")[0].replace("= 100_000, 64\n", f"= {sizes[0]}, {sizes[1]}\n"), space)
+    return space
+
+
+def test_the_step_of_many_classes_is_that_of_the_full_softmax_if_all_are_drawn(rng):
+    space = many_classes_step((6, 3))
+    x, labels = rng.normal(size=(8, 3)).astype(np.float32), rng.integers(0, 6, 8).astype(np.int32)
+    table, centers = (np.array(space[name]["centers"]) for name in ("head", "centers"))
+    tx = optax.adam(1e-3)
+
+    def full(x, table):
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(x @ table.T, labels).mean()
+        return cross_entropy + 0.01 * jnp.mean(jnp.sum((x - centers[labels]) ** 2, axis=-1))
+
+    want, (by_x, by_table) = jax.value_and_grad(full, (0, 1))(x, table)
+    updates, _ = tx.update(by_table, tx.init(table))
+    held = space["head"], space["head_state"], space["centers"]
+    head, _, moved, loss, found = space["step"](*held, x, labels, np.arange(6, dtype=np.int32), 0.01)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    np.testing.assert_allclose(found, by_x, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(head["centers"], optax.apply_updates(table, updates), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(moved["centers"], oracle_paper(centers, x, labels, 0.5), rtol=1e-5, atol=1e-6)
+
+
+def oracle_paper(centers, x, labels, alpha):
+    """Eq. 4, class by class."""
+    moved = np.array(centers, np.float64)
+    for j in set(labels.tolist()):
+        mine = x[labels == j].astype(np.float64)
+        moved[j] -= alpha * np.sum(centers[j] - mine, axis=0) / (1 + len(mine))
+    return moved
+
+
+def test_the_step_of_many_classes_writes_the_drawn_rows_alone_and_in_place(rng):
+    space = many_classes_step((50_000, 64))
+    x, labels = rng.normal(size=(4, 64)).astype(np.float32), np.array([7, 7, 40_000, 3], np.int32)
+    drawn = np.array([9, 40_000, 11], np.int32)
+    before = np.array(space["head"]["centers"])
+    held = space["head"], space["head_state"], space["centers"]
+    program = space["step"].lower(*held, x, labels, drawn, 0.01).compile()
+    assert program.memory_analysis().temp_size_in_bytes < before.nbytes / 4
+    head, *_ = space["step"](*held, x, labels, drawn, 0.01)
+    changed = np.flatnonzero(np.any(np.asarray(head["centers"]) != before, axis=1))
+    np.testing.assert_array_equal(changed, [3, 7, 9, 11, 40_000])

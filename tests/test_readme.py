@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_centerloss
 
@@ -55,6 +57,61 @@ def test_functions():
     assert lines(text) <= 10
     assert space["loss"].shape == ()
     assert space["params"]["centers"].shape == (10, 2)
+
+
+def test_the_front_page_shows_a_step():
+    (text,) = re.findall(r"```python\n(.*?)```", (DOCS / "index.md").read_text(encoding="utf-8"), re.DOTALL)
+    space = run(text)
+    assert lines(text) <= 12
+    assert space["by_x"].shape == space["x"].shape
+    assert space["metrics"]["classes_seen"] == 10
+
+
+SITE = "https://jax-centerloss.github.io/jax-centerloss/"
+
+
+def anchors(page):
+    """The anchors of the headings of a page of the site."""
+    headings = re.findall(r"^##+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_pages_of_the_site_and_not_to_their_sources():
+    links = re.findall(r"\]\(([^)\s]+)\)", README.read_text(encoding="utf-8"))
+    assert not [link for link in links if link.startswith("docs/")]
+    pages = [link.removeprefix(SITE) for link in links if link.startswith(SITE) and link != SITE]
+    assert len(pages) > 20
+    for link in pages:
+        name, _, anchor = link.partition("#")
+        if name == "api/":
+            assert (DOCS / "api" / "index.md").exists()
+            continue
+        stem = name.removesuffix(".html")
+        source = DOCS / f"{stem}.ipynb" if stem == "tutorial" else DOCS / f"{stem}.md"
+        assert source.exists(), link
+        assert not anchor or anchor in anchors(source), link
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "centers don't move",
+        "mixup",
+        "a million classes",
+        "a PyTorch checkpoint",
+        "bfloat16",
+        "OCR",
+        "several GPUs",
+        "which λ",
+        "sweeps",
+        "imbalanced classes",
+        "freeze",
+        "new classes",
+        "deploy",
+    ],
+)
+def test_what_users_look_for_is_one_click_away(words):
+    assert re.search(rf"\[[^\]]*{words}[^\]]*\]\({SITE}", README.read_text(encoding="utf-8"))
 
 
 def test_a_label_out_of_range_is_named(capsys):
@@ -158,11 +215,16 @@ def test_a_row_optimizer_in_nnx():
 
 
 def test_the_literal_port_and_the_recommended_form_take_the_same_steps(rng):
-    space = run(block("def literal"))
-    params = space["params"]
+    """Two optimizers, the centers' gradient divided by hand, as in a script in PyTorch."""
+    lam, params = 0.5, {"model": {"w": jnp.ones((4, 2))}, "center_loss": {"centers": jnp.zeros((10, 2))}}
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
-    literal, *_ = space["literal"](grads, params, space["state_model"], space["state_centers"])
-    updates, _ = space["tx"].update(grads, space["tx"].init(params), params)
+    tx_model, tx_centers = optax.sgd(0.01), optax.sgd(0.5)
+    by_hand = jax.tree.map(lambda g: g / lam, grads["center_loss"])  # param.grad *= 1 / lam
+    model, _ = tx_model.update(grads["model"], tx_model.init(params["model"]))
+    centers, _ = tx_centers.update(by_hand, tx_centers.init(params["center_loss"]))
+    literal = optax.apply_updates(params, {"model": model, "center_loss": centers})
+    tx = jax_centerloss.with_center_optimizer(tx_model, tx_centers, weight=lam)
+    updates, _ = tx.update(grads, tx.init(params), params)
     jax.tree.map(np.testing.assert_allclose, literal, optax.apply_updates(params, updates))
 
 
@@ -190,16 +252,36 @@ def test_sharded_step():
     )
 
 
+def test_data_parallel_is_the_step_of_one_device():
+    space = run(block("def parallel_step"))
+    model, optimizer, batch = space["model"], space["optimizer"], space["batch"]
+    for leaf in jax.tree.leaves(nnx.state((model, optimizer))):
+        assert leaf.sharding.is_equivalent_to(space["replicated"], leaf.ndim)
+    alone = space["Model"](nnx.Rngs(0))
+    optimizer_alone = nnx.Optimizer(alone, optax.adam(1e-3), wrt=nnx.Param)
+    images, labels = jax.random.normal(jax.random.key(1), batch[0].shape), batch[1].at[::3].set(-1)
+    losses = [space["parallel_step"](alone, optimizer_alone, *batch)]
+    np.testing.assert_allclose(space["loss"], losses[0], rtol=1e-5)
+    for _ in range(5):
+        split = jax.device_put((images, labels), space["by_sample"])
+        losses.append(space["parallel_step"](alone, optimizer_alone, images, labels))
+        np.testing.assert_allclose(space["parallel_step"](model, optimizer, *split), losses[-1], rtol=1e-5)
+    assert losses[-1] < losses[1]
+    np.testing.assert_allclose(
+        model.center_loss.centers[...], alone.center_loss.centers[...], rtol=1e-5, atol=1e-6
+    )
+
+
 @eight_devices
 def test_model_on_a_mesh():
-    space = run(block("mesh_step"))
+    space = run(block("def parallel_step") + block('out_sharding=P("classes", None))'))
     centers = space["model"].center_loss.centers[...]
     assert {shard.data.shape for shard in centers.addressable_shards} == {(128, 32)}
     first = float(space["loss"])
     mesh = centers.sharding.mesh
     with jax.set_mesh(mesh):
         for _ in range(5):
-            loss = space["mesh_step"](space["model"], space["optimizer"], *space["batch"])
+            loss = space["parallel_step"](space["model"], space["optimizer"], *space["batch"])
     assert float(loss) < first
 
 
@@ -213,7 +295,7 @@ def test_metrics_and_plot(capsys, tmp_path, monkeypatch):
 @eight_devices
 def test_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    space = run(block("CheckpointManager"))
+    space = run(block("CheckpointManager("))
     saved = space["fresh"](space["mesh_of"](1))
     jax.tree.map(np.testing.assert_array_equal, space["tree"], saved)
     assert {shard.data.shape for shard in space["tree"]["centers"]["centers"].addressable_shards} == {
@@ -227,6 +309,43 @@ def test_a_bad_step_is_skipped():
     np.testing.assert_array_equal(space["centers"], np.zeros((10, 2)))
     moved, _ = space["careful"](jnp.zeros((10, 2)), jnp.ones((1, 2)), jnp.array([3]))
     np.testing.assert_allclose(moved[3], 0.25)
+
+
+def test_a_whole_model_is_saved_and_restored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space = run(block("StandardCheckpointer"))
+    other = nnx.state(space["fresh"](1))
+    trained, restored = nnx.state(space["trained"]), nnx.state(space["restored"])
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (trained, other)), strict=True))
+    jax.tree.map(np.testing.assert_array_equal, restored, trained)
+
+
+@eight_devices
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_whole_model_is_restored_where_the_new_one_lies(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    space = run(block("StandardCheckpointer"))
+    mesh = jax.make_mesh((2, 4), ("classes", "data"), axis_types=(kind,) * 2)
+
+    def placed(leaf):  # The centers by class, all else on every device.
+        return NamedSharding(mesh, P("classes") if leaf.shape == (10, 16) else P())
+
+    later = space["fresh"](1)
+    nnx.update(later, jax.tree.map(lambda leaf: jax.device_put(leaf, placed(leaf)), nnx.state(later)))
+    with space["ocp"].StandardCheckpointer() as checkpointer:
+        nnx.update(later, checkpointer.restore(space["folder"], nnx.state(later)))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(later), nnx.state(space["trained"]))
+    for leaf in jax.tree.leaves(nnx.state(later)):
+        assert leaf.sharding.is_equivalent_to(placed(leaf), leaf.ndim)
+
+
+def test_a_linen_model_is_called_without_labels():
+    space = run(block("labels=None"))
+    without = {name: leaf for name, leaf in space["params"].items() if name != "center_loss"}
+    x, logits, _ = space["net"].apply({"params": space["params"]}, space["images"], jnp.full(4, -1))
+    for got in (space["net"].apply({"params": without}, space["images"]), (space["x"], space["logits"])):
+        jax.tree.map(np.testing.assert_array_equal, got, (x, logits))
+    np.testing.assert_array_equal(space["nearest"], space["classes"][:, 0])
 
 
 def test_an_exported_step():

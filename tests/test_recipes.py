@@ -281,38 +281,111 @@ def test_on_the_sphere_a_center_grows_as_a_parameter_and_keeps_its_length_by_rul
     np.testing.assert_allclose(lengths(peers.run("cosine, by rule")[1]), 1.0, rtol=1e-12)
 
 
-def steps_in_the_page():
+NAMES = {
+    "the paper": "paper",
+    "its Caffe layer": "caffe",
+    "its Caffe layer, by rows": "caffe, by rows",
+    "the PyTorch module": "module",
+    "the PyTorch module, its script to the letter, λ > 0": "module, its script",
+    "the PyTorch module, λ left in": "module, λ left in",
+    "the PyTorch version with its own backward pass": "own backward, mean",
+    "own backward pass, `size_average=False`": "own backward, sum",
+    "pytorch-metric-learning 3": "pytorch-metric-learning",
+    "FaceNet's TensorFlow code": "facenet",
+    "½ and plain autograd": "autograd",
+    "the mean per class": "mean per class",
+    "MXNet's example": "mxnet",
+    "pytorch-ood": "pytorch-ood",
+    "PaddleOCR": "PaddleOCR",
+    "Euclidean, not squared": "euclidean",
+    "one Adam for everything, λ left in": "one Adam",
+    "cosine": "cosine",
+    "cosine, by rule": "cosine, by rule",
+}
+
+
+def rows_in_the_page():
+    """The table's cells by the name of their row: the loss, how centers move, the step of a lone sample."""
     table = RECIPES_TEXT.split("step of a lone sample")[1].split("\n\n")[0]
-    rows = re.findall(r"^\| (.+?) \|.*\| ([\d.]+)(?: λ| / C)? \|$", table, re.M)
-    return {name: float(step) for name, step in rows}
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+    return [(re.sub(r"\[(.+?)\]\(.+?\)", r"\1", who), *cells) for who, *cells in rows]
+
+
+def test_each_row_has_a_name_of_its_own_and_is_tested():
+    assert [who for who, *_ in rows_in_the_page()] == list(NAMES)
+    assert {name.removesuffix(", by optax") for name in RECIPES} | {"caffe, by rows"} == set(NAMES.values())
+
+
+def run_row(how, loss_of, names, x):
+    """Centers after the code of a cell: that of a rule, or of an optimizer of the whole tree."""
+    if how == "not at all: they are loaded":
+        return names["centers"]
+    code = how.replace("as parameters", "`with_center_optimizer(tx, optax.sgd(lr), weight=lam)`")
+    code = re.search(r"`(.+)`", code)[1]
+    moved = eval(code.replace("...", "centers, x, labels"), names)
+    if not isinstance(moved, optax.GradientTransformation):
+        return moved
+    params = {"centers": names["centers"], "model": jnp.ones(())}
+    grads = jax.grad(lambda p: peers.LAM * loss_of(p["centers"], x))(params)
+    updates, _ = moved.update(grads, moved.init(params), params)
+    return optax.apply_updates(params, updates)["centers"]
+
+
+@pytest.mark.parametrize("row", rows_in_the_page(), ids=lambda row: NAMES.get(row[0], row[0]))
+def test_the_code_of_a_row_takes_the_first_step(row):
+    who, loss, moves, _ = row
+    want_losses, want_centers = expected(NAMES[who].removesuffix(", by rows"), ref.SOURCES[0])
+    (centers, x, labels), *_ = peers.draws()
+    with ref.enable_x64():
+        names = {
+            **told,
+            "update_centers": jcl.update_centers,
+            "with_center_optimizer": jcl.with_center_optimizer,
+            "up_to_a_radius": lambda *batch: told["up_to_a_radius"](*batch, peers.RADIUS),
+            "optax": optax,
+            "jax": jax,
+            "jnp": jnp,
+            "tx": optax.sgd(1.0),
+            **dict.fromkeys(("lr", "alpha"), RATE),
+            "alfa": 1 - RATE,
+            "lam": peers.LAM,
+            "n": len(x),
+            "D": x.shape[-1],
+            "labels": labels,
+            "logits": peers.logits(x, len(centers)),
+            "x": jnp.asarray(x),
+            "centers": jnp.asarray(centers),
+        }
+        code = loss.strip("`").replace("...", "centers, x, labels")
+
+        def loss_of(centers, x):
+            return eval(code, names | {"centers": centers, "x": x})
+
+        np.testing.assert_allclose(loss_of(names["centers"], names["x"]), want_losses[0], rtol=1e-10)
+        if "caffes-solver" in moves:  # Their steps are compared above.
+            return
+        for how in moves.split(", or "):
+            moved = run_row(how, loss_of, names, names["x"])
+            np.testing.assert_allclose(moved, want_centers[0], rtol=1e-10, atol=1e-12)
+
+
+def by_caffes_rows(centers, x, labels, state):
+    space = defined(CAFFE.replace(CAFFE_RATE, f"rate = lambda step: {RATE}"))
+    return space["touched_rows"](centers, space["rows"].init(centers), x, labels)
 
 
 def test_steps_in_the_page():
-    names = {
-        "the paper": "paper",
-        "its Caffe layer": "caffe",
-        "the PyTorch module, λ divided out": "module",
-        "the same, λ left in": "module, λ left in",
-        "the PyTorch version with its own backward pass": "own backward, mean",
-        "the same, `size_average=False`": "own backward, sum",
-        "pytorch-metric-learning 3": "pytorch-metric-learning",
-        "FaceNet's TensorFlow code": "facenet",
-        "½ and plain autograd": "autograd",
-        "the mean per class": "mean per class",
-        "MXNet's example": "mxnet",
-        "pytorch-ood": "pytorch-ood",
-        "PaddleOCR": "PaddleOCR",
-        "Euclidean, not squared": "euclidean",
-        "one Adam for everything, λ left in": "one Adam",
-    }
-    steps = steps_in_the_page()
-    assert steps.keys() == names.keys()
+    steps = {who: re.match(r"[\d.]+|–", step)[0] for who, _, _, step in rows_in_the_page()}
     with ref.enable_x64():
-        for title, name in names.items():
-            _, move = RECIPES[name]
+        for title, name in NAMES.items():
+            if steps[title] == "–":
+                assert name.startswith("cosine")
+                continue
+            move = by_caffes_rows if name == "caffe, by rows" else RECIPES[name][1]
             centers, x = jnp.zeros((2, 2)), jnp.zeros((128, 2)).at[0, 0].set(1.0)
             moved, _ = move(centers, x, jnp.append(0, jnp.ones(127, int)), None)
             unit_of = {"module, λ left in": peers.LAM, "mxnet": peers.LAM, "pytorch-ood": 1 / 2}
-            assert f"{float(moved[0, 0]) / unit_of.get(name, 1.0):.2g}" == f"{steps[title]:.2g}"
-            if name in peers.NUMPY or "live" in ref.SOURCES:
-                assert float(moved[0, 0]) == pytest.approx(peers.lonely_step(name), rel=1e-10)
+            assert f"{float(moved[0, 0]) / unit_of.get(name, 1.0):.2g}" == f"{float(steps[title]):.2g}"
+            peer = name.removesuffix(", by rows").removesuffix(", its script")
+            if peer in peers.NUMPY or "live" in ref.SOURCES:
+                assert float(moved[0, 0]) == pytest.approx(peers.lonely_step(peer), rel=1e-10)

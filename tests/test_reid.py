@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import reid
@@ -20,10 +21,13 @@ P, K, CLASSES = 16, 4, 751
 STEPS = 24
 
 
-def run_tab(kind):
-    """What the code of a tab of the page defines."""
+def run_tab(kind, *edits):
+    """What the code of a tab of the page defines, edited as the page says."""
     section = test_docs.text_of("coming_from").split(HEADING)[1].split("\n## ")[0]
     ((_, code),) = test_docs.fences(section, kind)
+    for old, new in edits:
+        assert code.count(old) == 1
+        code = code.replace(old, new)
     space = {}
     exec(code, space)
     return space
@@ -113,6 +117,38 @@ def test_what_the_page_says_has_no_effect(center_loss_of_torch, rng):  # noqa: F
     space["lam"] = 0.0
     with pytest.raises(ZeroDivisionError):
         space["step"](images, labels.long())
+
+
+# What the step of a script that never calls its center loss lacks, and a port of what it trains.
+NEVER_CALLED = [
+    ("    loss = loss + lam * criterion(x, labels)  # Some scripts lack this line.\n", ""),
+    ("        param.grad.data *= 1.0 / lam\n", "        assert param.grad is None\n"),
+]
+NO_CENTER_LOSS = [
+    ("        self.center_loss = jax_centerloss.nnx.CenterLoss(751, 64, rngs=rngs)\n", ""),
+    ("return loss + lam * model.center_loss(x, labels)", "return loss"),
+    ("nnx.Optimizer(model, tx, wrt=nnx.Param)", "nnx.Optimizer(model, adam, wrt=nnx.Param)"),
+]
+
+
+@pytest.mark.parametrize("edits", [NO_CENTER_LOSS, NO_CENTER_LOSS[1:2]], ids=["left out", "never called"])
+def test_a_script_that_never_calls_its_center_loss_and_its_port(edits, center_loss_of_torch, rng):  # noqa: F811
+    torch = pytest.importorskip("torch")
+    theirs, ours = run_tab("py", *NEVER_CALLED), run_tab("python", *edits)
+    model, their_model = ours["model"], theirs["model"]
+    nnx.update(model.features, {"kernel": their_model.features.weight.detach().numpy().T.copy()})
+    nnx.update(model.features, {"bias": their_model.features.bias.detach().numpy().copy()})
+    nnx.update(model.head, {"kernel": their_model.head.weight.detach().numpy().T.copy()})
+    first = theirs["criterion"].centers.detach().clone()
+    drawn = jax.tree.map(np.array, nnx.state(model.center_loss)) if hasattr(model, "center_loss") else None
+    for images, labels in make_batches(rng):
+        want = theirs["step"](torch.tensor(images), torch.tensor(labels).long())
+        np.testing.assert_allclose(ours["step"](model, ours["optimizer"], images, labels), want, rtol=1e-4)
+    assert torch.equal(theirs["criterion"].centers, first)
+    if drawn is not None:
+        x = model.features(images)
+        metrics = jax_centerloss.center_metrics(model.center_loss, x, labels, previous=drawn)
+        assert metrics["moved"] == 0
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -30,14 +30,20 @@ def as_a_reader():
         yield
 
 
+FIRST, *BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
 @pytest.fixture(scope="module")
 def page():
-    """What the page defines, block after block."""
-    space = {}
+    """What the page defines, each block after the first one and nothing else, as the page says."""
+    found = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
-            exec(compile(block, PAGE.name, "exec"), space)
-    return space
+        exec(compile(FIRST, PAGE.name, "exec"), found)
+        for block in BLOCKS:
+            space = {}
+            exec(compile(FIRST + block, PAGE.name, "exec"), space)
+            found = space | found
+    return found
 
 
 @pytest.fixture
@@ -190,6 +196,51 @@ def test_on_a_mesh_and_in_half_precision(page, rng, name, kind, classes, dtype):
     rtol = 1e-4 if dtype == jnp.float32 else 0.02
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(np.float32(a), b, rtol=rtol, atol=rtol * np.abs(b).max())
+
+
+@pytest.mark.parametrize("kind", ["one device", "Explicit", "Auto"])
+def test_arcface_is_the_formula(page, rng, kind):
+    labels, margin, scale = rng.integers(0, 16, 24), 0.4, 8.0
+    labels[3] = -1
+    columns, x = rng.normal(size=(16, FEATURES)), rng.normal(size=(24, FEATURES))
+    x[5] = 3 * columns[labels[5]]  # In the direction of its class, where arccos has no derivative.
+    x[6] = -columns[labels[6]]
+
+    def cross_entropies(columns, x):
+        lengths = np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(columns, axis=-1)
+        angles = np.arccos(np.clip(x @ columns.T / lengths, -1 + 1e-6, 1 - 1e-6))
+        angles[labels >= 0, labels[labels >= 0]] += margin
+        e = np.exp(scale * np.cos(angles))
+        return np.where(labels >= 0, np.log(e.sum(-1)) - scale * np.cos(angles)[np.arange(24), labels], 0.0)
+
+    def loss_of(columns, x, labels):
+        logits = page["arcface_logits"](columns, x, labels, margin, scale)
+        # The classes of a sample on one device: JAX refuses a choice among split ones.
+        logits = jnp.reshape(logits, logits.shape, out_sharding=jax.typeof(x).sharding)
+        own = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+        return jnp.sum(jnp.where(labels >= 0, own, 0.0))
+
+    masked = np.where(np.arange(24)[:, None] == 3, np.nan, x)
+    given = [jnp.asarray(columns, jnp.float32), jnp.asarray(masked, jnp.float32), jnp.asarray(labels)]
+    graded = jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1)))
+    if kind == "one device":
+        loss, grads = graded(*given)
+    else:
+        mesh = jax.make_mesh((8,), ("d",), axis_types=(getattr(AxisType, kind),))
+        places = P("d", None), P("d", None), P("d")
+        with jax.set_mesh(mesh):
+            given = [jax.device_put(a, NamedSharding(mesh, p)) for a, p in zip(given, places, strict=True)]
+            loss, grads = graded(*given)
+    grads = [np.asarray(grad) for grad in grads]
+    np.testing.assert_allclose(loss, cross_entropies(columns, x).sum(), rtol=1e-4)
+    smooth = ~np.isin(np.arange(24), [3, 5, 6])
+    by_columns = slopes(lambda c: cross_entropies(c, x).sum(), columns)
+    by_x = slopes(lambda v: cross_entropies(columns, v).sum(), x)
+    np.testing.assert_allclose(grads[1][smooth], by_x[smooth], rtol=2e-3, atol=2e-3)
+    assert all(np.isfinite(grad).all() for grad in grads)
+    np.testing.assert_array_equal(grads[1][3], 0)
+    others = ~np.isin(np.arange(16), labels[[5, 6]])
+    np.testing.assert_allclose(grads[0][others], by_columns[others], rtol=2e-3, atol=2e-3)
 
 
 def test_a_zero_vector_has_no_direction_and_a_finite_gradient(page):
