@@ -101,7 +101,7 @@ SEARCH_WORDS = tomllib.loads(Path(__file__).with_name("search_words.toml").read_
 
 # Private names of types, and a default that is not one.
 PUBLIC = {
-    r"(?:_checks\.)?\bCLIP\b": "(1e-12, 1e12)",
+    r"(?:_checks\.)?\bCLIP\b": "({:g}, {:g})".format(*jax_centerloss.center_loss.__kwdefaults__["clip"]),
     r"\bClip\b": "tuple[float, float] | None",
     r"\bReduceFn\b": "Callable | None",
     r"\bAxisName\b": "Hashable",

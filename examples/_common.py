@@ -90,6 +90,10 @@ def add_centers_flag(parser: argparse.ArgumentParser, *choices: str) -> None:
     parser.add_argument("--centers", choices=choices, default="rule", help=f"what moves them. {told}")
 
 
+def how_centers_move(args: argparse.Namespace) -> str:
+    return "centers at zero" if args.centers == "zero" else f"centers by {args.centers}, α = {args.alpha:g}"
+
+
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.quick:
         args.seeds, args.warmup = 1, min(args.warmup, args.epochs)

@@ -24,6 +24,7 @@ from _common import (
     compactness,
     compactness_table,
     draw_planes,
+    how_centers_move,
     number,
     over_seeds,
     progress,
@@ -213,7 +214,7 @@ def compare(args: argparse.Namespace, data: Data, epoch: Epoch) -> dict[str, Any
                     heading = f"{title}: {metrics['accuracy']:.1f} % right, crosses are {marks[0]}"
                     planes.append(Plane(heading, marks[1], features, y_test))
     print(f"\n{over_seeds(args.seeds)}, {args.epochs} epochs, λ = {args.lam:g}, ", end="")
-    print(f"α = {args.alpha:g}, centers moved by {args.centers}\n")
+    print(f"{how_centers_move(args)}\n")
     print(compactness_table({title: results[arm] for arm, title in ARMS.items()}))
     say_if_quick(args)
     results["picture"] = args.out / "digits.png" if args.feat_dim == 2 else None

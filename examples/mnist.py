@@ -36,6 +36,7 @@ from _common import (
     compactness_table,
     download,
     draw_planes,
+    how_centers_move,
     number,
     over_seeds,
     progress,
@@ -305,8 +306,7 @@ def compare(args: argparse.Namespace, data: tuple[np.ndarray, ...]) -> dict[floa
                     heading = f"λ = {lam:g}: {metrics['accuracy']:.1f} % right"
                     planes.append(Plane(heading, marks, features, data[3]))
     print(f"\n{len(data[1]):,} training images, {over_seeds(args.seeds)}, {args.epochs} epochs, ", end="")
-    moved = f"moved by {args.centers}, α = {args.alpha:g}"
-    print(f"λ over {args.warmup} of them, centers {'at zero' if args.centers == 'zero' else moved}, ", end="")
+    print(f"λ over {args.warmup} of them, {how_centers_move(args)}, ", end="")
     print(f"in {args.precision.replace('stochastic', 'bfloat16, rounded stochastically')}\n")
     print(compactness_table({f"λ = {lam:g}": runs for lam, runs in results.items()}))
     picture = args.out / "mnist.png"

@@ -28,6 +28,7 @@ from _common import (
     check_flags,
     download,
     draw_planes,
+    how_centers_move,
     markdown,
     number,
     over_seeds,
@@ -285,7 +286,7 @@ def compare(args: argparse.Namespace, data: dict[str, list[Sentence]]) -> dict[f
                 if seed == 0:
                     planes.append(plane(f"λ = {lam:g}", x, labels, nnx.state(model.center_loss), previous))
     print(f"\n{over_seeds(args.seeds)}, {args.epochs} epochs, ", end="")
-    print(f"λ over {args.warmup} of them, α = {args.alpha:g}\n")
+    print(f"λ over {args.warmup} of them, {how_centers_move(args)}\n")
     rows = [
         [
             f"λ = {lam:g}",

@@ -96,9 +96,15 @@ def rng():
 
 
 @pytest.fixture
-def as_users_run_it():
-    # optax's schedules promote int to float. Convolutions take their time without optimizations.
-    jax.config.update("jax_disable_most_optimizations", False)
+def as_jax_promotes():
+    """JAX's own promotion of types and ranks, not the suite's strict one: optax's schedules need it."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture
+def as_users_run_it(as_jax_promotes):
+    # Convolutions take their time without optimizations.
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
     jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")

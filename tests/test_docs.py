@@ -8,7 +8,6 @@ import sys
 import textwrap
 import types
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,30 +19,19 @@ import reference as ref
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from pages import DOCS, ROOT, block_of, defined, fences, python_of, text_of
 
 import jax_centerloss
 
-DOCS = Path(__file__).parents[1] / "docs"
 # tests/test_layout.py runs it and looks at what comes out; tests/test_other_frameworks.py, if Keras is there.
 ELSEWHERE = {"accelerators", "other_frameworks"}
 PAGES = sorted(p for p in DOCS.glob("*.md") if p.stem not in ELSEWHERE)
 
 
 @pytest.fixture(autouse=True)
-def as_a_user(tmp_path, monkeypatch):
-    """JAX's own settings, not the suite's strict ones, in a folder for what a page writes."""
+def as_a_user(as_jax_promotes, tmp_path, monkeypatch):
+    """JAX's own promotion, in a folder for what a page writes."""
     monkeypatch.chdir(tmp_path)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
-def text_of(page):
-    return (DOCS / f"{page}.md").read_text(encoding="utf-8")
-
-
-def fences(text, kinds):
-    """Each block of these kinds, with its kind."""
-    return re.findall(rf"^```({kinds})\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def form(output):
@@ -103,13 +91,11 @@ def ratios_of_the_page():
 
 
 def test_softmax_alone_has_another_ratio_and_its_own_distance_is_below_the_gap_too():
-    (block,) = (text for _, text in fences(text_of("getting_started"), "python") if "def features" in text)
+    block = block_of("getting_started", "def features")
     pulled = 'center_loss(params["center_loss"], x, labels)'
     followed = pulled.replace("x,", "jax.lax.stop_gradient(x),")
     assert block.count(pulled) == 1
-    space = {}
-    exec(compile(block.replace(pulled, followed), "getting_started", "exec"), space)
-    metrics = space["metrics"]
+    metrics = defined(block.replace(pulled, followed))["metrics"]
     with_center_loss, alone = ratios_of_the_page()
     assert metrics["ratio"] > (with_center_loss + alone) / 2
     assert metrics["own_distance"] < metrics["gap"]
@@ -129,7 +115,7 @@ def torch_script():
 @pytest.fixture
 def center_loss_of_torch(monkeypatch):
     """The module `center_loss` that the PyTorch script imports."""
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="the script is in PyTorch")
 
     class CenterLoss(ref.CenterLoss):
         def __init__(self, num_classes, feat_dim, use_gpu):
@@ -146,8 +132,7 @@ def center_loss_of_torch(monkeypatch):
 
 
 def test_the_pytorch_script_runs_and_its_centers_are_read(center_loss_of_torch):
-    space = {}
-    exec("shuffle =".join(torch_script()), space)
+    space = defined("shuffle =".join(torch_script()))
     assert space["accuracy"] > 0.95
     centers = jax_centerloss.from_torch("last.pt", key="center_loss.centers")["centers"]
     np.testing.assert_array_equal(centers, space["criterion"].centers.detach().numpy())
@@ -155,10 +140,8 @@ def test_the_pytorch_script_runs_and_its_centers_are_read(center_loss_of_torch):
 
 def test_the_pytorch_script_and_its_port_take_the_same_steps(center_loss_of_torch):
     """To the end of the warm-up and beyond: in the first step λ is 0, and centers rest."""
-    theirs, ours = {}, {}
-    exec(torch_script()[0], theirs)
-    _, script = fences(text_of("coming_from"), "python")[0]
-    exec(script.split("shuffle =")[0], ours)
+    theirs = defined(torch_script()[0])
+    ours = defined(python_of("coming_from")[0].split("shuffle =")[0])
     model, port = theirs["model"], ours["model"]
     for layer, linear in (
         (model.features[0], port.features.layers[0]),
@@ -186,8 +169,7 @@ def test_the_pytorch_script_and_its_port_take_the_same_steps(center_loss_of_torc
 
 
 def test_a_checkpoint_goes_into_a_module_and_into_params(rng):
-    blocks = [text for _, text in fences(text_of("coming_from"), "python")]
-    (block,) = (text for text in blocks if 'state_dict = {"center_loss' in text)
+    block = block_of("coming_from", 'state_dict = {"center_loss')
     zeros = "np.zeros((10, 16), np.float16)"
     assert block.count(zeros) == 1
     space = {"table": rng.normal(size=(10, 16)).astype(np.float16)}
@@ -198,9 +180,7 @@ def test_a_checkpoint_goes_into_a_module_and_into_params(rng):
 
 
 def test_facenets_centers_take_its_own_step(rng):
-    (block,) = (text for _, text in fences(text_of("coming_from"), "python") if "facenet" in text)
-    space = {}
-    exec(block, space)
+    space = defined(block_of("coming_from", "facenet"))
     centers, x = rng.normal(size=(5, 3)).astype(np.float32), rng.normal(size=(8, 3)).astype(np.float32)
     labels = np.array([0, 1, 1, 2, 2, 2, 4, 4])
     loss, moved = space["facenet_center_loss"](centers, x, labels, alfa=0.9)
@@ -211,9 +191,7 @@ def test_facenets_centers_take_its_own_step(rng):
 
 
 def test_pytorch_metric_learnings_steps_and_its_file(rng, tmp_path):
-    (block,) = (text for _, text in fences(text_of("coming_from"), "python") if "embeddings" in text)
-    space = {}
-    exec(block, space)
+    space = defined(block_of("coming_from", "embeddings"))
     torch = pytest.importorskip("torch", reason="its state dict is a file of PyTorch")
     torch.save({"centers": torch.tensor(rng.normal(size=(6, 3)), dtype=torch.float32)}, tmp_path / "loss.pt")
     params = jax_centerloss.from_torch(tmp_path / "loss.pt")
@@ -295,19 +273,6 @@ images, labels = jax.random.normal(jax.random.key(0), (32, 64)), jnp.arange(32) 
 for _ in range(3):
     loss = train_step(model, optimizer, images, labels)
 """
-
-
-def block_of(page, words):
-    """The only block of a page that has the words."""
-    (block,) = (text for _, text in fences(text_of(page), "python") if words in text)
-    return block
-
-
-def defined(code):
-    """What a block defines, alone."""
-    space = {}
-    exec(compile(code, "a block", "exec"), space)
-    return space
 
 
 def test_a_schedule_of_the_weight_is_that_of_the_loss():
@@ -556,7 +521,7 @@ AUTO_ONLY = {
 }
 if jax.__version_info__ < (0, 10):
     AUTO_ONLY["troubleshooting"] = "checkify of JAX 0.7 takes Explicit axes for Auto ones inside of auto_axes"
-README = DOCS.parent / "README.md"
+README = ROOT / "README.md"
 SPLIT = [page for page in (README, *PAGES, DOCS / "accelerators.md") if page.stem not in UNSPLIT]
 SPLIT = [page for page in SPLIT if fences(page.read_text(encoding="utf-8"), "python")]
 
@@ -699,14 +664,6 @@ def test_each_use_and_exception_belongs_to_a_page():
     assert all(any(words in text for text in texts.values()) for words in ALONE)
 
 
-def test_each_test_of_a_guarantee_is_in_the_file_that_it_links_to():
-    named = re.findall(r"`(test_\w+)`", text_of("guarantees"))
-    linked = re.findall(r"\[`(test_\w+)`\]\(\.\./tests/(test_\w+\.py)\)", text_of("guarantees"))
-    assert named == [name for name, _ in linked]
-    for name, file in linked:
-        assert f"def {name}(" in (DOCS.parent / "tests" / file).read_text(encoding="utf-8"), name
-
-
 def test_the_rows_on_top_of_the_page_on_speed_are_those_of_its_table():
     lines = [line for line in text_of("speed").splitlines() if "|" in line]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
@@ -726,11 +683,9 @@ def test_the_rows_on_top_of_the_page_on_speed_are_those_of_its_table():
 
 def many_classes_step(sizes):
     """What the first block of the page on many classes defines, for tables of these sizes."""
-    block = next(text for _, text in fences(text_of("many_classes"), "python") if "sampled_softmax" in text)
+    block = block_of("many_classes", "num_classes, feat_dim =")
     assert "= 100_000, 64\n" in block
-    space = {}
-    exec(block.split("x, labels =")[0].replace("= 100_000, 64\n", f"= {sizes[0]}, {sizes[1]}\n"), space)
-    return space
+    return defined(block.split("x, labels =")[0].replace("= 100_000, 64\n", f"= {sizes[0]}, {sizes[1]}\n"))
 
 
 def test_the_step_of_many_classes_is_that_of_the_full_softmax_if_all_are_drawn(rng):
@@ -750,16 +705,8 @@ def test_the_step_of_many_classes_is_that_of_the_full_softmax_if_all_are_drawn(r
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     np.testing.assert_allclose(found, by_x, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(head["centers"], optax.apply_updates(table, updates), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(moved["centers"], oracle_paper(centers, x, labels, 0.5), rtol=1e-5, atol=1e-6)
-
-
-def oracle_paper(centers, x, labels, alpha):
-    """Eq. 4, class by class."""
-    moved = np.array(centers, np.float64)
-    for j in set(labels.tolist()):
-        mine = x[labels == j].astype(np.float64)
-        moved[j] -= alpha * np.sum(centers[j] - mine, axis=0) / (1 + len(mine))
-    return moved
+    _, want_centers, _ = peers.paper(centers.astype(np.float64), x, labels, 0.5, None)
+    np.testing.assert_allclose(moved["centers"], want_centers, rtol=1e-5, atol=1e-6)
 
 
 def test_the_step_of_many_classes_writes_the_drawn_rows_alone_and_in_place(rng):

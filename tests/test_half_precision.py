@@ -9,14 +9,10 @@ import reference as ref
 
 import jax_centerloss as jcl
 
+pytestmark = pytest.mark.usefixtures("as_jax_promotes")
+
 CLASSES, DIM, FEAT, NUM = 4, 8, 16, 128
 HALF = ["bfloat16", "float16"]
-
-
-@pytest.fixture(autouse=True)
-def promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture

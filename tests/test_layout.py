@@ -1,8 +1,5 @@
 """Centers that lie in memory in an order of their own, as on a TPU where D is no multiple of 128."""
 
-import re
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +9,10 @@ from flax import nnx
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from pages import python_of
 
 import jax_centerloss as jcl
 
-PAGE = Path(__file__).parents[1] / "docs" / "accelerators.md"
 C, D = 8, 4
 COLUMNS = Layout((1, 0))  # Any order but a CPU's own.
 ROWS = jcl.row_optimizer(optax.sgd(0.1, momentum=0.9))
@@ -78,10 +75,10 @@ def test_a_step_keeps_to_it_where_it_is_asked_to(columns):
 
 @pytest.mark.usefixtures("as_users_run_it")
 def test_the_page_runs():
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    blocks = python_of("accelerators")
     space = {}
     for block in blocks:
-        exec(compile(block, PAGE.name, "exec"), space)
+        exec(compile(block, "accelerators", "exec"), space)
         assert np.isfinite(space["loss"])
     assert len(blocks) == 2
     tables = [leaf for leaf in jax.tree.leaves(space["held"]) if leaf.ndim]

@@ -1,10 +1,8 @@
 """docs/other_frameworks.md: its wrappers in Keras, and in kauldron or a stand-in for what they use of it."""
 
 import dataclasses
-import re
 import sys
 import types
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -12,21 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from pages import defined, python_of
 
 import jax_centerloss as jcl
 
-PAGE = Path(__file__).parents[1] / "docs" / "other_frameworks.md"
-TEXT = PAGE.read_text(encoding="utf-8")
 # Keras's own, about its Variables.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
-KERAS_LAYER, KERAS_TRAINING, KAULDRON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+KERAS_LAYER, KERAS_TRAINING, KAULDRON = python_of("other_frameworks")
 
 
 @pytest.fixture(autouse=True)
-def as_a_reader(tmp_path, monkeypatch):
+def as_a_reader(as_jax_promotes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +39,12 @@ def layer(keras):
     """What the page's block for the layer defines."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KERAS_BACKEND", "jax")
-        space = {}
-        exec(compile(KERAS_LAYER, PAGE.name, "exec"), space)
-    return space
+        return defined(KERAS_LAYER)
 
 
 def test_the_keras_model_learns_and_is_saved_and_loaded(layer):
     space = dict(layer)
-    exec(compile(KERAS_TRAINING, PAGE.name, "exec"), space)
+    exec(compile(KERAS_TRAINING, "other_frameworks", "exec"), space)
     pixels, digits, model, again = (space[name] for name in ("pixels", "digits", "model", "again"))
     logits = space["classifier"].predict(pixels, verbose=0)
     assert np.mean(logits.argmax(-1) == digits) > 0.95
@@ -157,8 +150,7 @@ def kauldron_loss(request, monkeypatch):
         pytest.importorskip("kauldron", reason="kauldron is not here; the test runs with a stand-in for it")
     else:
         monkeypatch.setitem(sys.modules, "kauldron", stand_in())
-    space = {}
-    exec(compile(KAULDRON, PAGE.name, "exec"), space)
+    space = defined(KAULDRON)
     return space["CenterLoss"], space["loss"]
 
 

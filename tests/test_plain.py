@@ -1,13 +1,12 @@
 """The page on speed: what its three lines of plain JAX get wrong is shown of them, and is right here."""
 
-import re
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pages
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,17 +14,12 @@ from placements import collectives
 
 import jax_centerloss as jcl
 
-PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
-TEXT = PAGE.read_text(encoding="utf-8")
-(BLOCK,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-SPACE = {}
-exec(compile(BLOCK, PAGE.name, "exec"), SPACE)
+pytestmark = pytest.mark.usefixtures("as_jax_promotes")
+
+(BLOCK,) = pages.python_of("speed")
+plain = pages.defined(BLOCK)["plain_step"]
 N, D, C = 24, 4, 10
 LAST = C - 1
-
-
-def plain(c, x, y):
-    return SPACE["plain_step"](c, x, y)
 
 
 def ours(c, x, y, where=None):
@@ -38,13 +32,6 @@ def graded(step, c, x, y):
     """The loss, its gradient by the features, and the moved centers."""
     (loss, moved), gradient = jax.value_and_grad(lambda x: step(c, x, y), has_aux=True)(x)
     return loss, gradient, moved
-
-
-@pytest.fixture(autouse=True)
-def as_a_user():
-    """JAX's own settings, not the suite's strict ones."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture

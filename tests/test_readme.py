@@ -1,6 +1,5 @@
 """The Python of the README and of the pages runs, and does what they say of it."""
 
-import pathlib
 import re
 
 import jax
@@ -11,40 +10,25 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from pages import DOCS, ROOT, fences, python_of, text_of
+from pages import defined as run
 
 import jax_centerloss
 
-README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
-DOCS = README.parent / "docs"
-PAGES = README, README.parent / "examples" / "README.md", *sorted(DOCS.glob("*.md"))
-BLOCKS = [
-    text
-    for page in PAGES
-    for text in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-]
+pytestmark = pytest.mark.usefixtures("as_jax_promotes")
+
+README = ROOT / "README.md"
+PAGES = README, ROOT / "examples" / "README.md", *sorted(DOCS.glob("*.md"))
+BLOCKS = [text for page in PAGES for _, text in fences(page.read_text(encoding="utf-8"), "python")]
 
 eight_devices = pytest.mark.skipif(
     jax.default_backend() != "cpu" and jax.device_count() < 8, reason="shows the shards on eight devices"
 )
 
 
-@pytest.fixture(autouse=True)
-def as_a_user():
-    """JAX's own settings, not the suite's strict ones."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def block(word):
     """The first block with this word in it."""
     return next(text for text in BLOCKS if word in text)
-
-
-def run(text):
-    """What the block defines."""
-    space = {}
-    exec(compile(text, "README", "exec"), space)
-    return space
 
 
 def lines(text):
@@ -60,7 +44,7 @@ def test_functions():
 
 
 def test_the_front_page_shows_a_step():
-    (text,) = re.findall(r"```python\n(.*?)```", (DOCS / "index.md").read_text(encoding="utf-8"), re.DOTALL)
+    (text,) = python_of("index")
     space = run(text)
     assert lines(text) <= 12
     assert space["by_x"].shape == space["x"].shape
@@ -122,18 +106,16 @@ def test_a_label_out_of_range_is_named(capsys):
 
 
 def test_every_guarantee_names_tests_that_exist():
-    text = (DOCS / "guarantees.md").read_text(encoding="utf-8")
-    sources = "".join(
-        path.read_text(encoding="utf-8") for path in pathlib.Path(__file__).parent.glob("test_*.py")
-    )
+    text = text_of("guarantees")
     rows = re.findall(r"^\| (.+?) \|(.*)\|$", text, flags=re.MULTILINE)[1:]  # Below the head.
     promises = {promise: tests for promise, tests in rows if not promise.startswith("**")}
     assert len(promises) > 15
     for promise, tests in promises.items():
-        names = re.findall(r"`(test_\w+)`", tests)
-        assert names, promise
-        for name in names:
-            assert f"def {name}(" in sources, name
+        assert re.search(r"`test_\w+`", tests), promise
+    linked = re.findall(r"\[`(test_\w+)`\]\(\.\./tests/(test_\w+\.py)\)", text)
+    assert re.findall(r"`(test_\w+)`", text) == [name for name, _ in linked]
+    for name, file in linked:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
 
 
 def test_the_speeds_are_those_of_the_page_on_speed():
@@ -141,7 +123,7 @@ def test_the_speeds_are_those_of_the_page_on_speed():
         lines = text.split(f"## {heading}\n")[1].split("\n## ")[0].splitlines()
         return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
 
-    heads, *cells = rows((DOCS / "speed.md").read_text(encoding="utf-8"), "Against the number of classes")
+    heads, *cells = rows(text_of("speed"), "Against the number of classes")
     places = [heads.index(name) for name in ("paper", "plain paper", "sparse SGD", "dense SGD", "reference")]
     measured = [
         [row[2], *(f"{float(row[i]):.2f}" if row[i] else "" for i in places)]

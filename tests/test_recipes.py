@@ -1,7 +1,6 @@
 """The recipes of docs/recipes.md: the knobs with which this library does what others do."""
 
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +9,12 @@ import optax
 import peers
 import pytest
 import reference as ref
+from pages import defined, python_of, text_of
 
 import jax_centerloss as jcl
 
 RATE = 0.5
-RECIPES_TEXT = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
-LOSSES, CAFFE = re.findall(r"```python\n(.*?)```", RECIPES_TEXT, re.DOTALL)
+LOSSES, CAFFE = python_of("recipes")
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +22,6 @@ def as_a_user():
     """JAX's own settings, not the suite's strict ones: optax's schedules and Adam need them."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-def defined(text):
-    """What a block of the page defines."""
-    space = {}
-    exec(compile(text, "recipes.md", "exec"), space)
-    return space
 
 
 told = defined(LOSSES)
@@ -306,7 +298,7 @@ NAMES = {
 
 def rows_in_the_page():
     """The table's cells by the name of their row: the loss, how centers move, the step of a lone sample."""
-    table = RECIPES_TEXT.split("step of a lone sample")[1].split("\n\n")[0]
+    table = text_of("recipes").split("step of a lone sample")[1].split("\n\n")[0]
     rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
     return [(re.sub(r"\[(.+?)\]\(.+?\)", r"\1", who), *cells) for who, *cells in rows]
 

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 import reid
-import test_docs
 from flax import nnx
+from pages import defined, fences, text_of
 from sklearn.metrics import average_precision_score
 from test_docs import as_a_user, center_loss_of_torch  # noqa: F401
 from test_omniglot import archive
@@ -23,14 +23,12 @@ STEPS = 24
 
 def run_tab(kind, *edits):
     """What the code of a tab of the page defines, edited as the page says."""
-    section = test_docs.text_of("coming_from").split(HEADING)[1].split("\n## ")[0]
-    ((_, code),) = test_docs.fences(section, kind)
+    section = text_of("coming_from").split(HEADING)[1].split("\n## ")[0]
+    ((_, code),) = fences(section, kind)
     for old, new in edits:
         assert code.count(old) == 1
         code = code.replace(old, new)
-    space = {}
-    exec(code, space)
-    return space
+    return defined(code)
 
 
 class Given(reid.Model):

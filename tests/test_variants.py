@@ -1,13 +1,12 @@
 """docs/variants.md: its functions against NumPy in float64, and on real digits."""
 
-import re
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pages
 import peers
 import pytest
 import reference as ref
@@ -20,29 +19,21 @@ from sklearn.model_selection import train_test_split
 
 import jax_centerloss as jcl
 
-PAGE = Path(__file__).parents[1] / "docs" / "variants.md"
+pytestmark = pytest.mark.usefixtures("as_jax_promotes")
+
 CLASSES, FEATURES, SAMPLES = 5, 3, 12
 
 
-@pytest.fixture(autouse=True)
-def as_a_reader():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
-FIRST, *BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+FIRST, *BLOCKS = pages.python_of("variants")
 
 
 @pytest.fixture(scope="module")
 def page():
     """What the page defines, each block after the first one and nothing else, as the page says."""
-    found = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(compile(FIRST, PAGE.name, "exec"), found)
+        found = pages.defined(FIRST)
         for block in BLOCKS:
-            space = {}
-            exec(compile(FIRST + block, PAGE.name, "exec"), space)
-            found = space | found
+            found = pages.defined(FIRST + block) | found
     return found
 
 
