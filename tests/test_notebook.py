@@ -54,7 +54,7 @@ def test_notebook_is_its_text_form():
     notebook, text = (jupytext.read(STORED.with_suffix(suffix)) for suffix in (".ipynb", ".py"))
     assert [(cell.cell_type, cell.source, cell.metadata.get("mystnb")) for cell in notebook.cells] == [
         (cell.cell_type, cell.source, cell.metadata.get("mystnb")) for cell in text.cells
-    ], "run `python tests/make_notebook.py`"
+    ], "run `python docs/make_notebook.py`"
 
 
 def test_the_site_shows_the_same_notebook():

@@ -1,4 +1,4 @@
-"""Makes the tutorial's notebook, with its outputs, of its text form: `python tests/make_notebook.py`.
+"""Makes the tutorial's notebook, with its outputs, of its text form: `python docs/make_notebook.py`.
 
 It needs `pip install nbconvert ipykernel` and the extra [test]. If only prose has changed,
 `jupytext --to ipynb --update examples/center_loss_colab.py` does.
