@@ -272,7 +272,8 @@ def draw_planes(
 ) -> None:
     """Feature planes side by side, each on its own scale, and one legend with the names of the classes.
 
-    With `main_directions` they are projections of the same samples, and are made to lie `alike`.
+    A dashed frame in a panel is the extent of the smallest one. With `main_directions` they are projections
+    of the same samples, and are made to lie `alike`.
     """
     planes = alike(planes) if main_directions else planes
     figure = new_figure(5 * len(planes) + 1, 5.5)
@@ -287,6 +288,13 @@ def draw_planes(
             numbers = [int(text.get_text()) for text in legend.get_texts()]
             handles |= zip(numbers, legend.legend_handles, strict=True)
             legend.remove()
+    if not main_directions:
+        smallest = min(axes, key=lambda axis: np.ptp(axis.get_xlim()))
+        (left, right), (low, high) = smallest.get_xlim(), smallest.get_ylim()
+        for axis in axes:  # How far the most compact panel reaches, on the scale of the others.
+            if np.ptp(axis.get_xlim()) > 1.5 * (right - left):
+                box = [left, right, right, left, left], [low, low, high, high, low]
+                axis.plot(*box, "--", color="gray", linewidth=1)
     shown = sorted(handles)
     figure.legend([handles[j] for j in shown], [names[j] for j in shown], loc="outside right center")
     figure.suptitle(title, wrap=True)

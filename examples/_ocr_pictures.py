@@ -41,12 +41,12 @@ def draw_confused(path: Path, text: Text, before: Reading, arms: Mapping[str, Re
     return True
 
 
-def written(text: Text, got: list[int], line: list[int], wide: int) -> tuple[np.ndarray, int]:
+def written(text: Text, got: list[int], line: list[int], length: int) -> tuple[np.ndarray, int]:
     """A picture of what was read, wrong characters in red, and how many are missing."""
     edits = Levenshtein.editops(got, line)
     wrong = {op.src_pos for op in edits if op.tag != "insert"}
-    canvas = np.full((GLYPH, wide, 3), 255, np.uint8)
-    for k, character in enumerate(got[: wide // PITCH]):
+    canvas = np.full((GLYPH, PITCH * length, 3), 255, np.uint8)
+    for k, character in enumerate(got[:length]):
         paper = 255 - text.glyphs.images[text.glyphs.of_character[character - 1][0]]
         part = canvas[:, PITCH * k : PITCH * k + GLYPH]
         part[:] = paper[..., None]
@@ -56,22 +56,25 @@ def written(text: Text, got: list[int], line: list[int], wide: int) -> tuple[np.
 
 
 def draw_lines(path: Path, text: Text, arms: Mapping[str, Reading]) -> None:
-    """Six lines that not every arm reads rightly, and what each arm read in them, wrong characters in red."""
+    """Six lines that not every arm reads rightly: each as it was drawn, the truth, and what each arm read."""
     hard = np.flatnonzero(~np.all([reading.right for reading in arms.values()], axis=0))[:6]
-    wide = max(text.test.images.shape[2], PITCH * text.test.labels.shape[1])
-    rows = max(1, -(-len(hard) // 2))
-    figure = new_figure(11, 0.45 * (1 + len(arms)) * rows + 0.6)
-    grid = figure.subplots(rows * (1 + len(arms)), 2, squeeze=False)
+    rows, columns = 2 + len(arms), 3
+    length = max((len(truth(text.test.labels[i])) for i in hard), default=1)
+    figure = new_figure(9, 0.58 * rows * max(1, -(-len(hard) // columns)) + 0.4)
+    grid = figure.subplots(rows * max(1, -(-len(hard) // columns)), columns, squeeze=False)
     for axis in grid.flat:
         axis.axis("off")
     for place, i in enumerate(hard):
-        below = grid[place // 2 * (1 + len(arms)) :, place % 2]
-        line = np.pad(text.test.images[i], ((0, 0), (0, wide - text.test.images.shape[2])))
-        below[0].imshow(255 - line, cmap="gray", vmin=0, vmax=255)
-        for axis, (title, reading) in zip(below[1:], arms.items(), strict=False):
-            canvas, missing = written(text, reading.texts[i], truth(text.test.labels[i]), wide)
+        image, right, *below = grid[place // columns * rows :, place % columns]
+        line = truth(text.test.labels[i])
+        image.imshow(255 - text.test.images[i, :, : PITCH * length], cmap="gray", vmin=0, vmax=255)
+        image.set_anchor("W")
+        right.imshow(written(text, line, line, length)[0])
+        right.set_title("what stands there", fontsize=8, loc="left", pad=1)
+        for axis, (title, reading) in zip(below, arms.items(), strict=False):
+            canvas, missing = written(text, reading.texts[i], line, length)
             axis.imshow(canvas)
             note = f" ({missing} missing)" if missing else ""
-            axis.set_title(f"{title}{note}", fontsize=7, loc="left", pad=1)
+            axis.set_title(f"{title}{note}", fontsize=8, loc="left", pad=1)
     figure.suptitle("Test lines, and the characters that each arm read in them; red: wrong")
     figure.savefig(path, dpi=110)

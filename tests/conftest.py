@@ -1,7 +1,9 @@
 """Settings that every test runs under: eight virtual CPU devices, no implicit promotion of any kind."""
 
+import collections
 import contextlib
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -53,6 +55,41 @@ def pytest_configure(config):
         placement.call_for_platform = lambda function, *arrays: function(*arrays, platform=platform)
 
 
+# Files of a minute's loop, which notice most changes of what computes: tests/mutants.py counts them.
+QUICK = {
+    "test_apply_gradients",
+    "test_errors",
+    "test_groups",
+    "test_loss",
+    "test_means",
+    "test_metrics",
+    "test_modules",
+    "test_optim",
+    "test_parity",
+    "test_rounding",
+    "test_rows",
+    "test_update",
+    "test_weights",
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # Before pytest selects by marks.
+def pytest_collection_modifyitems(items):
+    """Of a test that is marked `few(n)`, all cases but n are slow: they give breadth, and CI runs them."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        few = item.get_closest_marker("few")
+        if few is not None and item.get_closest_marker("slow") is None:
+            cases[item.function, few.args[0]].append(item)
+    for (function, number), same in cases.items():
+        random.Random(function.__name__).shuffle(same)
+        for item in same[number:]:
+            item.add_marker("slow")
+    for item in items:
+        if item.path.stem in QUICK and item.get_closest_marker("slow") is None:
+            item.add_marker("quick")
+
+
 @contextlib.contextmanager
 def skipped_without_a_mesh():
     """On a single GPU a test that makes a mesh is skipped, with the reason in the report."""
@@ -88,6 +125,13 @@ def for_its_platform(monkeypatch):
 
 # The examples are scripts, which import what they share from their own folder.
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture

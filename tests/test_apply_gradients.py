@@ -60,6 +60,7 @@ def batches(draw):
     return classes, rows, gradients, where
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @settings(max_examples=15)
 @given(data=st.data())

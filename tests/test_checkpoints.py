@@ -172,6 +172,7 @@ def torn(tmp_path_factory):
         return contents, json.loads(process.communicate()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TORN)
 def test_a_torn_step_raises_and_the_one_before_it_loads(torn, name):
     contents, found = torn
@@ -181,6 +182,7 @@ def test_a_torn_step_raises_and_the_one_before_it_loads(torn, name):
     assert previous == contents[2]
 
 
+@pytest.mark.slow
 def test_no_file_that_is_torn_brings_other_numbers(torn):
     # Only of files cut, emptied or gone: Orbax keeps no sum of the arrays, and bits that flip go unnoticed.
     contents, found = torn

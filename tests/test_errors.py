@@ -154,6 +154,7 @@ def checked(function):
 WRAPS = pytest.mark.parametrize("wrap", [lambda function: function, jax.checkpoint, each, spread])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("function", BATCH_FUNCTIONS)
 @WRAPS
 def test_checkify_names_the_label(function, wrap):
@@ -164,6 +165,7 @@ def test_checkify_names_the_label(function, wrap):
     check(TABLE, x, jnp.array([0, 3, 1, -1]))[0].throw()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
 @WRAPS
 def test_checkify_names_a_feature_that_is_no_number(wrap, bad):

@@ -26,6 +26,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("centers", ["rule", "optax"])
 def test_learns_and_compacts(centers, tmp_path, capsys):
     out = tmp_path / "new" / "out"
@@ -159,6 +160,7 @@ def test_warm_up_and_wide_features(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_lam_zero_is_softmax_alone(tmp_path):
     flags = ["--quick", "--epochs", "1", "--feat-dim", "3", "--lam", "0", "--out", str(tmp_path)]
     results = digits.main(flags)
@@ -292,6 +294,7 @@ def test_sharded_splits_the_table_and_learns():
     assert last < 0.6 * first
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -80,6 +80,7 @@ def assert_equal(got, want, message):
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6, custom_message=message)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gets_the_same_numbers(tmp_path, arguments):
     centers, state, x, labels, where = arguments
     (n,) = jax.export.symbolic_shape("n")
@@ -142,6 +143,7 @@ def test_only_a_cpus_program_has_loops():
     assert loops == {"cpu": 2, "cuda": 0, "tpu": 0}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kinds", [("bfloat16", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16")])
 def test_half_precision_is_exported(arguments, kinds):
     centers, state, x, labels, where = arguments

@@ -73,6 +73,7 @@ def test_another_layer_has_centers_too(batch):
     np.testing.assert_allclose(table(model), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")
 def test_a_model_with_another_layers_centers_learns(batch):
     model = Model(nnx.Rngs(0))
@@ -259,6 +260,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("as_nnx", [True, False], ids=["nnx", "dict"])
 @pytest.mark.parametrize("name", WRAPPERS)
 @jax.numpy_dtype_promotion("standard")
@@ -512,6 +514,7 @@ def test_a_loader_that_fills_one_buffer(rng, convert):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("asynchronous")
 @pytest.mark.parametrize(
     "function", [jcl.center_loss, jcl.update_centers, jcl.distance_map, jcl.nearest_center]
@@ -601,6 +604,7 @@ def test_unsigned_labels_are_masked_by_where(rng):
     assert np.any(moved[3] != 0)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("centers_as", ["param", "state"])
 @pytest.mark.parametrize(
     "options",
@@ -1216,6 +1220,7 @@ class Sharded(nnx.Module):
         self.center_loss = jcl.nnx.CenterLoss(16, 8, out_sharding=P("model", None), rngs=rngs)
 
 
+@pytest.mark.few(1)
 @pytest.mark.skipif(not hasattr(nnx, "use_eager_sharding"), reason="needs Flax 0.12: before, optax fails too")
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_an_optimizers_state_is_sharded_by_the_metadata_of_the_variables(kind):
@@ -1267,6 +1272,7 @@ def test_logical_names_of_axes():
             jcl.nnx.CenterLoss(16, 4, out_sharding=("classes", None), rngs=nnx.Rngs(0))
 
 
+@pytest.mark.few(1)
 @pytest.mark.skipif(not hasattr(nnx, "vars_as"), reason="needs Flax whose Variables may be references")
 @pytest.mark.filterwarnings("ignore:This function is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit, nnx.jit], ids=["eager", "jax.jit", "nnx.jit"])

@@ -57,6 +57,7 @@ def train(dtype, images, labels, *, scale=1.0, steps=60):
     return np.float64(history), np.float64(centers["centers"])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("dtype", "scale"), [("bfloat16", 1.0), ("float16", 1.0), ("float16", 2.0**12)])
 def test_a_model_in_half_precision_learns_as_one_in_float32(blobs, dtype, scale):
     want, centers = train(jnp.float32, *blobs)
@@ -68,6 +69,7 @@ def test_a_model_in_half_precision_learns_as_one_in_float32(blobs, dtype, scale)
     np.testing.assert_allclose(moved, centers, atol=0.1)  # Of the range from -1 to 1.
 
 
+@pytest.mark.slow
 def test_what_underflows_in_float16_comes_back_by_loss_scaling(rng):
     # 2 (x - c) / N is below the smallest float16, 6e-8, for a difference of 0.01 among 2**20 samples.
     n = 2**20
@@ -79,6 +81,7 @@ def test_what_underflows_in_float16_comes_back_by_loss_scaling(rng):
     np.testing.assert_allclose(np.float64(scaled) / 2**12, 2 * np.float64(x) / n, rtol=2e-3)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", HALF)
 def test_many_samples_of_one_class_lose_nothing(rng, dtype):
     # Counted in bfloat16 they would stop at 256, and summed in it far from their sum.

@@ -84,6 +84,7 @@ def assert_in_place(program, classes, tables, n=N, d=D, other=0):
         assert not re.findall(rf"= \w+\[{classes}\][^=]*", text)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("classes", SIZES)
 @pytest.mark.parametrize("name", STEPS)
 def test_step_is_in_place_at_any_number_of_classes(name, classes):
@@ -93,6 +94,7 @@ def test_step_is_in_place_at_any_number_of_classes(name, classes):
         assert_in_place(compiled(step, init, classes), classes, tables)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("name", "n", "d"),
     # Not Adam with two features: its six (N, D) arrays leave room for two integers a sample, and JAX 0.7
@@ -139,6 +141,7 @@ OTHER_READS = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("rule", ["paper", "gradient"])
 @pytest.mark.parametrize("read", OTHER_READS.values(), ids=OTHER_READS)
 def test_after_keeps_the_write_in_place_beside_another_read(read, rule):

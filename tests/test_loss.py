@@ -48,11 +48,13 @@ def test_gradients_are_the_plain_derivative(data):
     np.testing.assert_allclose(gp["centers"], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_first_and_second_derivatives_numerically(data):
     params, x, labels = data
     check_grads(lambda p, x: jcl.center_loss(p, x, labels), (params, x), order=2, rtol=2e-2)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("lead", [(), (1,), (12,), (4, 3), (2, 3, 2)])
 def test_any_leading_dimensions(data, lead):
     params, x, labels = data
@@ -242,6 +244,7 @@ def test_nearest_center_is_the_argmin(rng, num_classes):
     np.testing.assert_array_equal(jcl.nearest_center(centers, x), (difference**2).sum(-1).argmin(-1))
 
 
+@pytest.mark.few(3)
 @pytest.mark.usefixtures("for_its_platform")
 @pytest.mark.parametrize("function", [jcl.nearest_center, jcl.center_metrics])
 @pytest.mark.parametrize(
@@ -258,6 +261,7 @@ def test_many_samples_take_memory_for_a_block_of_them(function, shape, d, c, mos
     assert program.memory_analysis().temp_size_in_bytes < differences + most * 2**20
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shape", [(8194,), (3, 2731), (911, 9)])
 def test_many_samples_in_blocks(rng, shape):
     centers = rng.normal(size=(1024, 3)).astype(np.float32)

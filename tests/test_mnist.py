@@ -92,6 +92,7 @@ def test_goes_on_where_it_was_stopped(folder, monkeypatch, capsys):
         mnist.main(command)
 
 
+@pytest.mark.slow
 def test_the_control_is_a_penalty_on_the_norm():
     model = mnist.Model("zero", rngs=nnx.Rngs(0))
     x, labels = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32), np.arange(6)

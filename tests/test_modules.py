@@ -27,6 +27,7 @@ def modules(**options):
     return module, jcl.linen.CenterLoss(C, D, **options)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(

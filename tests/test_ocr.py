@@ -154,6 +154,7 @@ def test_frames_are_masked_where_they_have_no_character():
     np.testing.assert_array_equal(where, [[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
 
 
+@pytest.mark.slow
 def test_what_stands_in_the_padding_changes_nothing(drawings, tmp_path):
     args = ocr.parse_args(arguments(tmp_path))
     text = ocr.prepare(args, drawings)
@@ -194,6 +195,7 @@ def step(drawings, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_arms_differ_in_nothing_but_their_centers(step):
     centers = np.random.default_rng(0).normal(size=(7, 16)).astype(np.float32)
     plain, untouched, ctc = step(0.0, 0.0, centers)
@@ -212,6 +214,7 @@ def test_the_arms_differ_in_nothing_but_their_centers(step):
     assert np.any(blank[0] != centers[0])
 
 
+@pytest.mark.slow
 def test_frames_of_classes_without_a_center_pull_nothing(step):
     centers = np.random.default_rng(0).normal(size=(7, 16)).astype(np.float32)
     none = np.zeros(7, bool)
@@ -221,6 +224,7 @@ def test_frames_of_classes_without_a_center_pull_nothing(step):
     np.testing.assert_array_equal(masked, without)
 
 
+@pytest.mark.slow
 def test_the_padding_of_a_line_is_none_of_ctcs_business(drawings, tmp_path):
     text = ocr.prepare(ocr.parse_args(arguments(tmp_path)), drawings)
     frames, labels = text.test.frames[:8], text.test.labels[:8]

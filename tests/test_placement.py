@@ -77,6 +77,7 @@ def assert_stays(result, placement, before):
 TWO_AXES = [p for p in PLACEMENTS if p.classes == "classes" and p.samples == "data" and not p.context]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("name", "placement"),
     [
@@ -106,6 +107,7 @@ def test_equals_one_device_and_travel_does_not_grow_with_the_classes(placement, 
             assert temporaries <= 6 * N * D * 4 + 64 * 1024
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("placement", TWO_AXES, ids=str)
 def test_blocks_of_many_samples_travel_once(placement, axis):
@@ -256,6 +258,7 @@ def test_collectives_are_found():
         collectives(mapped.lower(jax.ShapeDtypeStruct((64,), np.float32)).compile().as_text())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_inside_shard_map(kind, single):
     placement = Placement(kind, (8,), ("d",), None, "d")
@@ -334,6 +337,7 @@ def test_class_means(placement):
     np.testing.assert_allclose(means, want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_work_per_device_stays_when_classes_and_devices_grow_together(kind):
     costs = []

@@ -85,6 +85,7 @@ KINDS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.few(4)
 @ALL
 @CLASSES
 def test_the_numbers_are_those_of_a_loop_over_the_classes(platform, classes):
@@ -95,6 +96,7 @@ def test_the_numbers_are_those_of_a_loop_over_the_classes(platform, classes):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.few(2)
 @ACCELERATORS
 @KINDS
 def test_inside_shard_map(platform, kind, classes):
@@ -108,6 +110,7 @@ def test_inside_shard_map(platform, kind, classes):
     chex.assert_trees_all_close(jax.jit(mapped)(*placed), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.few(2)
 @ACCELERATORS
 @KINDS
 def test_on_a_mesh(platform, kind, classes):
@@ -121,6 +124,7 @@ def test_on_a_mesh(platform, kind, classes):
     chex.assert_trees_all_close(jax.jit(partial(everything, None))(*placed), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @ACCELERATORS
 @CLASSES
 def test_vmap_and_scan(platform, classes):

@@ -13,12 +13,6 @@ from matplotlib.quiver import Quiver
 import jax_centerloss as jcl
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
-
-
 def dots(ax):
     """Offsets and colors of what was drawn: first the samples, then the centers."""
     drawn = [c for c in ax.collections if isinstance(c, PathCollection) and len(c.get_offsets())]

@@ -99,6 +99,7 @@ def test_time_major_is_the_same(folder):
     np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing(folder):
     (words, labels, lengths), count = batch_of(folder)
     model = pos_tagging.Tagger(count, 8, False, rngs=nnx.Rngs(0))
@@ -123,6 +124,7 @@ def test_padding_changes_nothing(folder):
     )
 
 
+@pytest.mark.slow
 def test_tags_that_training_never_saw_are_left_out_and_said(folder, tmp_path, monkeypatch, capsys):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -117,6 +117,7 @@ combinations = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.few(4)
 @combinations
 @settings(max_examples=20)
 @given(data=st.data())
@@ -142,6 +143,7 @@ def steps(lead, kinds):
     )
 
 
+@pytest.mark.few(4)
 @combinations
 @settings(max_examples=20)
 @given(data=st.data())
@@ -190,6 +192,7 @@ def rows_step(name, lead, rule):
     return rows.init, jax.jit(partial(rows.update, rule=rule))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)

@@ -22,6 +22,7 @@ def run(quickstart, monkeypatch, capsys, out, epochs):
     return {name: float(value) for name, value in re.findall(r"(\w+): (-?[\d.]+)", "\n".join(said))}
 
 
+@pytest.mark.slow
 @QUICKSTARTS
 def test_learns_and_compacts(quickstart, monkeypatch, capsys, tmp_path):
     early = run(quickstart, monkeypatch, capsys, tmp_path / "early", 1)

@@ -133,6 +133,7 @@ def expected(name, source):
     return golden["losses"], golden["centers"]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("source", ref.SOURCES)
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_takes_the_same_steps(name, source):

@@ -202,6 +202,7 @@ def folder(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_users_run_it")
 def test_learns_and_finds(folder, tmp_path, capsys):
     flags = [

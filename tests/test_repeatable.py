@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import psutil
+import pytest
 
 import jax_centerloss as jcl
 
@@ -50,6 +51,7 @@ def run():
     return digest((carry, outputs))
 
 
+@pytest.mark.slow
 def test_the_same_bits_in_every_process_and_call():
     command = [sys.executable, __file__]
     # Compiled anew in each of them, as it is for users.
@@ -61,6 +63,7 @@ def test_the_same_bits_in_every_process_and_call():
     assert len({digest for lines in printed for digest in lines}) == 1
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_steps_take_no_more_memory():
     rows = jcl.row_optimizer(optax.sgd(0.1, momentum=0.9))
     by_rule, by_rows = (jcl.init_centers(jax.random.key(i), C, D) for i in range(2))

@@ -166,6 +166,7 @@ def by_linen(centers, x, labels, key, **options):
 WAYS = {"rule": by_rule, "rows": partial(by_rows, rule="paper"), "nnx": by_nnx, "linen": by_linen}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_mean_step_is_the_exact_one(rng, way, dtype):
@@ -180,6 +181,7 @@ def test_the_mean_step_is_the_exact_one(rng, way, dtype):
     )
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("options", [{}, {"where": True}, {"weights": True}], ids=["all", "where", "weights"])
 @pytest.mark.parametrize("rule", RULES)
 def test_the_mean_step_of_each_rule(rng, rule, options):
@@ -192,6 +194,7 @@ def test_the_mean_step_of_each_rule(rng, rule, options):
     assert_mean(many, np.float64(exact), errors=4.5)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", ["float32", *HALF])
 def test_without_a_key_or_with_float32_centers_nothing_changes(rng, dtype, way):
@@ -220,6 +223,7 @@ def test_the_same_key_gives_the_same_bits_and_another_one_others(rng):
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg", "raw"])
 def test_the_mean_step_of_other_kinds_of_keys(rng, kind):
     centers, x, labels = problem(rng)
@@ -241,6 +245,7 @@ def test_blocks_of_classes_have_the_bits_of_their_classes(rng, way):
     np.testing.assert_array_equal(whole[labels[:64]], wide(first)[labels[:64]])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("way", ["rule", "rows"])
 @pytest.mark.parametrize("placement", [PLACEMENTS[1], PLACEMENTS[3], PLACEMENTS[5], PLACEMENTS[7]], ids=str)
 def test_on_a_mesh_the_bits_are_those_of_one_device(rng, placement, way):
@@ -271,6 +276,7 @@ def test_inside_shard_map_replicated_centers_stay_the_same_everywhere(rng):
         np.testing.assert_array_equal(wide(shard.data), wide(by_rule(centers, x, labels, KEY)))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("way", WAYS)
 def test_centers_arrive_where_rounding_to_nearest_stops(way, dtype):

@@ -70,6 +70,16 @@ SETTINGS = {
 }
 
 
+# Without jit and with a search for leaks each operation is compiled or traced alone.
+EACH_SETTING = pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("disable_jit", "leaks") else [])
+        for name in SETTINGS
+    ],
+)
+
+
 @contextlib.contextmanager
 def stack(*contexts):
     with contextlib.ExitStack() as entered:
@@ -97,7 +107,8 @@ def usual(arguments):
         return jax.device_get(jax.jit(everything)(*arguments))
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.few(2)
+@EACH_SETTING
 def test_clean_and_the_same(setting, arguments, usual):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), SETTINGS[setting]():
         given = tuple(jnp.asarray(a) for a in arguments)
@@ -110,7 +121,7 @@ def test_clean_and_the_same(setting, arguments, usual):
         chex.assert_trees_all_close(jax.device_get(result), usual, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@EACH_SETTING
 def test_a_row_optimizer_is_made(setting):
     with SETTINGS[setting]():
         rows = jcl.row_optimizer(optax.sgd(0.25, momentum=0.5))

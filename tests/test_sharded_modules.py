@@ -35,6 +35,7 @@ def assert_sharded(centers, mesh):
     assert {shard.data.shape for shard in centers.addressable_shards} == {(C // 8, D)}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("by", ["sharding", "spec"])
@@ -159,6 +160,7 @@ def linen_training(mesh, centers_as):
     return held["CenterLoss_0"]["centers"], losses
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("centers_as", ["param", "state"])
 @pytest.mark.parametrize("train", [nnx_training, linen_training])
 def test_modules_train_in_shards_as_on_one_device(train, mesh, centers_as):

@@ -97,6 +97,7 @@ def in_jax(precision: str, train) -> tuple[np.ndarray, np.ndarray]:
     return jax.device_get(train(params, data, jnp.asarray(t.labels), jnp.asarray(t.batches, jnp.int32)))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 @pytest.mark.parametrize("source", ref.SOURCES)

@@ -42,6 +42,7 @@ def test_vmap_is_a_loop(data):
     np.testing.assert_allclose(vmapped, looped, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_linearize_and_second_derivatives(data):
     c, x, y, w = data
     x = x.astype(np.float32)

@@ -129,6 +129,7 @@ def test_facenets_code_by_hand(rng):
     np.testing.assert_allclose(moved, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("stride", [1, 17, 31, 33, 2**16, 2**20, 65537, 1000003])
 @pytest.mark.parametrize("n", [30, 31, 63])
 def test_labels_that_a_hash_table_dislikes(rng, stride, n):
@@ -160,6 +161,7 @@ def test_more_rows_than_one_block_of_sums_holds(rng, shape):
         np.testing.assert_array_equal(moved[untouched], centers[untouched])
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rule", ["paper", "gradient"])
 @pytest.mark.parametrize("classes", [5, 500])

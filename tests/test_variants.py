@@ -112,6 +112,7 @@ def slopes(function, array):
     return np.reshape([(function(array + h) - function(array - h)) / 2e-6 for h in steps], array.shape)
 
 
+@pytest.mark.few(3)
 @every_variant
 def test_value_and_gradients_are_those_of_the_formula(page, draw, name):
     flags, formula = VARIANTS[name]
@@ -127,6 +128,7 @@ def test_value_and_gradients_are_those_of_the_formula(page, draw, name):
         )
 
 
+@pytest.mark.few(5)
 @every_variant
 @pytest.mark.parametrize("content", [np.nan, np.inf, 1e30])
 def test_what_a_masked_sample_holds_changes_nothing(page, draw, name, content):
@@ -138,6 +140,7 @@ def test_what_a_masked_sample_holds_changes_nothing(page, draw, name, content):
     np.testing.assert_array_equal(found[1][1][3], 0)
 
 
+@pytest.mark.few(2)
 @every_variant
 def test_at_the_center_and_without_samples_gradients_are_finite(page, name):
     centers, labels = jnp.eye(CLASSES), jnp.arange(CLASSES)
@@ -150,6 +153,7 @@ def test_at_the_center_and_without_samples_gradients_are_finite(page, name):
             assert max(np.abs(grad).max() for grad in grads) < 1e-6
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", [*VARIANTS, "oltr_loss"])
 def test_classes_that_fill_up_a_table_with_nan_change_nothing(page, draw, name):
     centers, x, labels = (jnp.asarray(a, a.dtype.kind + "4") for a in draw)
@@ -165,6 +169,7 @@ def test_classes_that_fill_up_a_table_with_nan_change_nothing(page, draw, name):
     np.testing.assert_allclose(by_x, grads[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.few(3)
 @every_variant
 @pytest.mark.parametrize(
     ("kind", "classes", "dtype"),
@@ -189,6 +194,7 @@ def test_on_a_mesh_and_in_half_precision(page, rng, name, kind, classes, dtype):
         np.testing.assert_allclose(np.float32(a), b, rtol=rtol, atol=rtol * np.abs(b).max())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["one device", "Explicit", "Auto"])
 def test_arcface_is_the_formula(page, rng, kind):
     labels, margin, scale = rng.integers(0, 16, 24), 0.4, 8.0
@@ -339,6 +345,7 @@ def adam_step(tx, params, opt_state, x, labels):
     return optax.apply_updates(params, updates), opt_state
 
 
+@pytest.mark.slow
 def test_a_grown_training_goes_on_as_if_it_had_not_grown(page, draw, rng):
     centers, x, _ = draw
     x, labels = jnp.asarray(x), np.arange(SAMPLES) % CLASSES
@@ -362,9 +369,24 @@ def test_a_grown_training_goes_on_as_if_it_had_not_grown(page, draw, rng):
     assert grown_state[0].count == 6
 
 
+class Growing(nnx.Module):
+    def __init__(self, num_classes, rngs):
+        self.head = nnx.Linear(3, num_classes, rngs=rngs)
+        self.center_loss = jcl.nnx.CenterLoss(num_classes, 3, rngs=rngs)
+
+
+def with_optimizer(model):
+    tx = jcl.with_center_optimizer(optax.adam(1e-3), optax.sgd(0.5))
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
 def test_a_grown_nnx_model_has_the_old_numbers_in_front(page):
-    (old, _), (new, optimizer) = page["before"], page["after"]
-    found, drawn = new.center_loss.centers[...], page["Model"](7, nnx.Rngs(1)).center_loss.centers[...]
+    before, after = with_optimizer(Growing(5, nnx.Rngs(0))), with_optimizer(Growing(7, nnx.Rngs(1)))
+    said = "nnx.update(after, grown(nnx.state(before), nnx.state(after)))"
+    assert said in pages.text_of("variants")
+    exec(said, {"nnx": nnx, "before": before, "after": after, "grown": page["grown"]})
+    (old, _), (new, optimizer) = before, after
+    found, drawn = new.center_loss.centers[...], Growing(7, nnx.Rngs(1)).center_loss.centers[...]
     np.testing.assert_array_equal(found[:5], old.center_loss.centers[...])
     np.testing.assert_array_equal(found[5:], drawn[5:])
     np.testing.assert_array_equal(new.head.kernel[...][:, :5], old.head.kernel[...])
@@ -469,6 +491,7 @@ def labels_of(name, rng):
     return np.where(np.arange(SAMPLES) == 3, -1, labels)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("apart", [1.0, 5.0], ids=["near", "apart"])
 @pytest.mark.parametrize("name", AUTHORS)
 def test_a_training_takes_the_authors_steps(page, rng, name, apart):
@@ -489,6 +512,7 @@ def test_a_training_takes_the_authors_steps(page, rng, name, apart):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", AUTHORS)
 def test_an_authors_step_leaves_masked_samples_out_and_works_in_bfloat16(page, rng, name):
     centers = jnp.asarray(rng.normal(size=(1 if name == "single_center" else CLASSES, FEATURES)), jnp.float32)
@@ -586,6 +610,7 @@ def digits_without(left_out, lam, pixels, digits, test_pixels):
     return x, known, -jnp.max(jax.nn.softmax(logits), axis=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_users_run_it")
 def test_a_digit_that_was_left_out_is_found_by_its_distance(page):
     images, labels = load_digits(return_X_y=True)

@@ -49,6 +49,7 @@ def everything(centers, x, labels, where, weights):
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("number", "classes", "dim"), [(12, 5, 3), (3, 40, 2), (30, 2, 8)])
 def test_a_thousand_random_cases(rng, number, classes, dim):
     precision = Precision.of(np.float32)
@@ -100,6 +101,7 @@ def repeated(rng, most=4):
     return centers, x, labels, times, np.repeat(x, times, 0), np.repeat(labels, times)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "float32", "bfloat16", "float16"])
 def test_k_times_in_the_loss_and_by_rule(rng, dtype):
     centers, x, labels, times, x_often, labels_often = repeated(rng)
@@ -128,6 +130,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.few(4)
 @RULE
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @jax.numpy_dtype_promotion("standard")
@@ -229,6 +232,7 @@ def test_weights_in_the_modules(rng, centers_as):
         np.testing.assert_allclose(new["centers"]["centers"], moved, rtol=1e-6)
 
 
+@pytest.mark.few(2)
 @RULE
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_weights_on_a_mesh_and_in_shard_map(rng, rule, kind):
@@ -308,6 +312,7 @@ def test_without_weights_no_array_of_them_is_made(rng):
     )
 
 
+@pytest.mark.slow
 def test_a_network_that_weighs_its_samples_trains(rng):
     # The gradient passes into what makes the weights.
     centers, x, labels = draw(rng)
@@ -324,6 +329,7 @@ def test_a_network_that_weighs_its_samples_trains(rng):
     assert loss(params) < 0.9 * first
 
 
+@pytest.mark.few(1)
 @RULE
 @pytest.mark.usefixtures("for_its_platform")
 def test_a_weighed_step_is_in_place(rule):

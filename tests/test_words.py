@@ -169,6 +169,7 @@ def test_on_a_mesh_the_numbers_are_those_of_one_device(words, monkeypatch):
     assert len(example.judge(trainer, eight, words, np.arange(100))["typos"]) > 90
 
 
+@pytest.mark.slow
 def test_a_step_writes_its_rows_in_place(words):
     trainer = example.Trainer(arguments(), 200_000)
     batch = next(example.batches(arguments(), words, 0))
