@@ -288,16 +288,15 @@ def draw_planes(
             numbers = [int(text.get_text()) for text in legend.get_texts()]
             handles |= zip(numbers, legend.legend_handles, strict=True)
             legend.remove()
-    if not main_directions:
-        smallest = min(axes, key=lambda axis: np.ptp(axis.get_xlim()))
-        (left, right), (low, high) = smallest.get_xlim(), smallest.get_ylim()
-        for axis in axes:  # How far the most compact panel reaches, on the scale of the others.
-            if np.ptp(axis.get_xlim()) > 1.5 * (right - left):
-                box = [left, right, right, left, left], [low, low, high, high, low]
-                axis.plot(*box, "--", color="gray", linewidth=1)
+    smallest = min(axes, key=lambda axis: np.ptp(axis.get_xlim()))
+    (left, right), (low, high) = smallest.get_xlim(), smallest.get_ylim()
+    for axis in axes:
+        if np.ptp(axis.get_xlim()) > 1.5 * (right - left):
+            frame = [left, right, right, left, left], [low, low, high, high, low]
+            axis.plot(*frame, "--", color="gray", linewidth=1)
     shown = sorted(handles)
     figure.legend([handles[j] for j in shown], [names[j] for j in shown], loc="outside right center")
-    figure.suptitle(title, wrap=True)
+    figure.suptitle(f"{title} (own scales; dashed: the smallest panel)", wrap=True)
     figure.savefig(path, dpi=100)
 
 

@@ -59,9 +59,10 @@ def draw_lines(path: Path, text: Text, arms: Mapping[str, Reading]) -> None:
     """Six lines that not every arm reads rightly: each as it was drawn, the truth, and what each arm read."""
     hard = np.flatnonzero(~np.all([reading.right for reading in arms.values()], axis=0))[:6]
     rows, columns = 2 + len(arms), 3
+    blocks = max(1, -(-len(hard) // columns))
     length = max((len(truth(text.test.labels[i])) for i in hard), default=1)
-    figure = new_figure(9, 0.58 * rows * max(1, -(-len(hard) // columns)) + 0.4)
-    grid = figure.subplots(rows * max(1, -(-len(hard) // columns)), columns, squeeze=False)
+    figure = new_figure(9, 0.58 * rows * blocks + 0.4)
+    grid = figure.subplots(rows * blocks, columns, squeeze=False)
     for axis in grid.flat:
         axis.axis("off")
     for place, i in enumerate(hard):

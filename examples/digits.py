@@ -219,7 +219,7 @@ def compare(args: argparse.Namespace, data: Data, epoch: Epoch) -> dict[str, Any
     say_if_quick(args)
     results["picture"] = args.out / "digits.png" if args.feat_dim == 2 else None
     if results["picture"]:
-        heading = "Test digits in the feature plane (own scales; dashed: the smallest panel)"
+        heading = "Test digits in the feature plane"
         draw_planes(results["picture"], heading, planes, [str(j) for j in range(CLASSES)])
         print(f"\nThe feature planes of seed 0: {results['picture']}")
     else:

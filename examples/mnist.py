@@ -310,7 +310,7 @@ def compare(args: argparse.Namespace, data: tuple[np.ndarray, ...]) -> dict[floa
     print(f"in {args.precision.replace('stochastic', 'bfloat16, rounded stochastically')}\n")
     print(compactness_table({f"λ = {lam:g}": runs for lam, runs in results.items()}))
     picture = args.out / "mnist.png"
-    heading = "Test images (own scales; dashed: the smallest panel); crosses: centers, at λ = 0 means"
+    heading = "Test images in the feature plane; crosses: centers, at λ = 0 means"
     draw_planes(picture, heading, planes, [str(j) for j in range(CLASSES)])
     print(f"\nThe feature planes of seed 0: {picture}")
     say_if_quick(args)

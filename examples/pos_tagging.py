@@ -297,7 +297,7 @@ def compare(args: argparse.Namespace, data: dict[str, list[Sentence]]) -> dict[f
     print(markdown(["", *(title for title, _ in METRICS.values())], rows))
     print("\nTo center, gap and moved are `center_metrics` of the dev words, the last over the last epoch.")
     picture = args.out / "pos_tagging.png"
-    heading = "Words of the dev set (each panel has its own scale); arrows: centers in the last epoch"
+    heading = "Words of the dev set; arrows: centers in the last epoch"
     draw_planes(picture, heading, planes, TAGS, main_directions=True)
     print(f"\nThe dev words of seed 0: {picture}")
     say_if_quick(args)

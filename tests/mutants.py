@@ -1,7 +1,8 @@
 """Which changes of the package does no test notice? `python tests/mutants.py` changes it and runs the tests.
 
 A mutant is the package with one change: of an operator, a comparison, a number, a flag, a dtype, a mask. The
-tests run until one fails. A mutant that none notices is printed, with its line as it was and as it is.
+tests run until one fails. Each mutant is printed, with its line as it was and as it is: it is noticed, or
+SURVIVES.
 
     python tests/mutants.py                               # A sample, by the quick tests.
     python tests/mutants.py --marks "not slow" --ids 17 203   # Some of them again, by the default tests.
@@ -11,10 +12,13 @@ It needs `os.fork`: Linux or macOS.
 
 import argparse
 import ast
+import importlib
+import itertools
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,10 +27,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
+import environment  # noqa: F401  Before JAX, which reads what it sets.
+import pytest
+
+TIMEOUT = 300  # Seconds after which a mutant is noticed.
 ROOT = Path(__file__).resolve().parents[1]
 # Figures, words of errors and files of PyTorch are looked at by tests of their own.
 LEFT_OUT = {"__init__", "_arrays", "_checks", "_plot", "_torch"}
-OPERATORS = [
+
+
+def both_ways(*pairs):
+    """What each is changed into. A pair's own direction comes before another's way back."""
+    return {b: a for a, b in pairs} | dict(pairs)
+
+
+OPERATORS = both_ways(
     (ast.Add, ast.Sub),
     (ast.Mult, ast.Div),
     (ast.FloorDiv, ast.Mult),
@@ -40,8 +55,8 @@ OPERATORS = [
     (ast.Eq, ast.NotEq),
     (ast.Is, ast.IsNot),
     (ast.In, ast.NotIn),
-]
-NAMES = [
+)
+NAMES = both_ways(
     ("float32", "bfloat16"),
     ("float64", "float32"),
     ("isfinite", "isnan"),
@@ -51,16 +66,9 @@ NAMES = [
     ("ones", "zeros"),
     ("ones_like", "zeros_like"),
     ("logical_not", "logical_and"),
-]
+)
 # Without these a function returns its first argument.
 DROPPED = {"stop_gradient", "replicate", "reshard", "abs", "round_rows", "optimization_barrier"}
-
-
-def both_ways(pairs):
-    return dict([(b, a) for a, b in pairs] + pairs)
-
-
-OPERATORS, NAMES = both_ways(OPERATORS), both_ways(NAMES)
 
 
 def changes(node):
@@ -102,83 +110,79 @@ def computing(node):
                     yield from computing(child)
 
 
-def mutants():
-    """All of them, in the same order each time: file, line, source before and after, and the whole module."""
-    found = []
+def mutants(numbers=None):
+    """Yields the mutants with these numbers, or all: file, line, what was changed, into what, and its module.
+
+    A number is the place in an order that is the same each time.
+    """
+    count = itertools.count()
     for path in sorted((ROOT / "jax_centerloss").rglob("*.py")):
         if path.stem in LEFT_OUT:
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in computing(tree):
             for field, value in changes(node):
+                if numbers is not None and next(count) not in numbers:
+                    continue
                 old, before = getattr(node, field), ast.unparse(node)
                 setattr(node, field, value)
-                mutant = (
-                    str(path.relative_to(ROOT)),
-                    node.lineno,
-                    before,
-                    ast.unparse(node),
-                    ast.unparse(tree),
-                )
-                found.append(mutant)
+                yield path.relative_to(ROOT), node.lineno, before, ast.unparse(node), ast.unparse(tree)
                 setattr(node, field, old)
-    return found
-
-
-def sample(found, count):
-    """As many of each module as it has places, from all of its lines."""
-    chosen = random.Random(0).sample(range(len(found)), min(count, len(found)))
-    return sorted(chosen)
 
 
 def serve():
     """Runs pytest with the arguments in each line of the input, in a fork that has imported JAX already."""
-    import chex  # noqa: F401
-    import flax.linen
-    import flax.nnx  # noqa: F401
-    import optax  # noqa: F401
-    import pytest
-
+    for name in ("chex", "flax.linen", "flax.nnx", "optax"):
+        importlib.import_module(name)
     for line in sys.stdin:
-        arguments, seconds = json.loads(line)
         start = time.monotonic()
         if not (child := os.fork()):
             log = os.open("mutant.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            os._exit(int(pytest.main(arguments)))
-        while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() - start < seconds:
+            os._exit(int(pytest.main(json.loads(line))))
+        while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() - start < TIMEOUT:
             time.sleep(0.05)
         if not ended[0]:
-            os.kill(child, 9)
+            os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(ended[1]) if ended[0] else "timeout"
-        failed = [
-            line
-            for line in Path("mutant.log").read_text(errors="replace").splitlines()
-            if "FAILED" in line[:6]
-        ]
-        print(json.dumps([code, time.monotonic() - start, failed[:1]]), flush=True)
+        said = Path("mutant.log").read_text(errors="replace").splitlines()
+        failed = next((line for line in said if line.startswith(("FAILED", "ERROR"))), "")
+        print(json.dumps([code, time.monotonic() - start, failed]), flush=True)
 
 
-def environment(tree):
-    """What tests/conftest.py sets, which JAX reads as it is imported; one cache of compiled programs."""
-    return os.environ | {
-        "PYTHONPATH": str(tree),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "MPLBACKEND": "agg",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+class Server:
+    """A copy of the repository, and the process that runs its tests."""
 
+    def __init__(self, tree):
+        self.tree = tree
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".*_cache", "__pycache__", "out"))
+        # A module that is changed within a second has the time stamp of its compiled form.
+        settings = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve"],
+            cwd=tree,
+            env=os.environ | settings,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
-def test_files(path, names):
-    """The tests that bear the module's name come first."""
-    word = Path(path).stem.strip("_")
-    names = names or sorted(p.name for p in (ROOT / "tests").glob("test_*.py"))
-    return [f"tests/{name}" for name in sorted(names, key=lambda name: word not in name)]
+    def test(self, path, marks):
+        """The code that pytest ends with, its seconds and its first failure; tests named as `path` first."""
+        word = path.stem.strip("_")
+        files = sorted(
+            (ROOT / "tests").glob("test_*.py"), key=lambda file: (word not in file.name, file.name)
+        )
+        # pytest-randomly, if it is installed, would undo the order.
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", marks]
+        print(
+            json.dumps(options + [f"tests/{file.name}" for file in files]),
+            file=self.process.stdin,
+            flush=True,
+        )
+        return json.loads(self.process.stdout.readline())
 
 
 def main():
@@ -186,59 +190,39 @@ def main():
     parser.add_argument("--count", type=int, default=200, help="how many mutants")
     parser.add_argument("--ids", type=int, nargs="*", help="these, by their numbers")
     parser.add_argument("--marks", default="quick", help="the tests, as for pytest -m")
-    parser.add_argument("--tests", nargs="*", help="names of test files; all by default")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--timeout", type=float, default=300, help="seconds, after which a mutant is noticed")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         return serve()
-    found = mutants()
-    chosen = args.ids if args.ids is not None else sample(found, args.count)
-    print(f"{len(chosen)} of {len(found)} mutants", flush=True)
-    first = "jax_centerloss/_loss.py"
-    unchanged = first, 0, "the package", "the package", (ROOT / first).read_text(encoding="utf-8")
-    servers = SimpleQueue()
+    total = sum(1 for _ in mutants())
+    chosen = sorted(args.ids or random.Random(0).sample(range(total), min(args.count, total)))
+    print(f"{len(chosen)} of {total} mutants", flush=True)
+    idle = SimpleQueue()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
-        for job in range(args.jobs):
-            tree = Path(folder, str(job))
-            shutil.copytree(
-                ROOT, tree, ignore=shutil.ignore_patterns(".git", ".*_cache", "__pycache__", "out")
-            )
-            command = [sys.executable, __file__, "--serve"]
-            server = subprocess.Popen(
-                command,
-                cwd=tree,
-                env=environment(tree),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            servers.put((tree, server))
+        servers = [Server(Path(folder, str(job))) for job in range(args.jobs)]
+        for server in servers:
+            idle.put(server)
 
-        def run(number):
-            path, line, before, after, text = unchanged if number is None else found[number]
-            tree, server = servers.get()
-            (tree / path).write_text(text, encoding="utf-8")
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", args.marks]
-            server.stdin.write(json.dumps([options + test_files(path, args.tests), args.timeout]) + "\n")
-            server.stdin.flush()
-            code, seconds, failed = json.loads(server.stdout.readline())
-            shutil.copy(ROOT / path, tree / path)
-            servers.put((tree, server))
-            if number is not None:
-                said = "SURVIVES" if code == 0 else "noticed"
-                change = f"{path}:{line} {before.splitlines()[0]!r} -> {after.splitlines()[0]!r}"
-                print(f"{said} {number} {change} ({code}, {seconds:.0f} s) {failed}", flush=True)
-            return code == 0
+        def survives(number, mutant):
+            path, line, before, after, text = mutant
+            server = idle.get()
+            (server.tree / path).write_text(text, encoding="utf-8")
+            code, seconds, failed = server.test(path, args.marks)
+            shutil.copy(ROOT / path, server.tree / path)
+            idle.put(server)
+            change = f"{path}:{line} {before.splitlines()[0]!r} -> {after.splitlines()[0]!r}"
+            said = "noticed" if code else "SURVIVES"
+            print(f"{said} {number} {change} ({code}, {seconds:.0f} s) {failed}", flush=True)
+            return not code
 
         try:
-            if not run(None):
-                sys.exit("The tests fail on the package as it is.")
-            survivors = sum(pool.map(run, chosen))
+            if (found := servers[0].test(Path("unchanged"), args.marks))[0]:
+                sys.exit(f"The tests fail on the package as it is: {found}")
+            survivors = sum(pool.map(survives, chosen, mutants(set(chosen))))
         finally:
-            while not servers.empty():
-                servers.get()[1].kill()
+            for server in servers:
+                server.process.kill()
     print(f"{len(chosen) - survivors} of {len(chosen)} noticed, {1 - survivors / len(chosen):.1%}")
 
 

@@ -254,6 +254,11 @@ def test_each_error_that_is_explained_is_tested():
     assert re.findall(r"^\| `(.*?)`", table, flags=re.MULTILINE) == list(ERRORS)
 
 
+def first_training():
+    """The NNX program of Getting started, before its loop begins."""
+    return block_of("getting_started", "class Model").split("shuffle =")[0]
+
+
 WARM_UP = """
 import jax, jax.numpy as jnp
 images, labels = jax.random.normal(jax.random.key(0), (32, 64)), jnp.arange(32) % 10
@@ -264,7 +269,7 @@ for _ in range(3):
 
 def test_a_schedule_of_the_weight_is_that_of_the_loss():
     """After the page's warm-up steps, the centers' chain has counted as many as the optimizer."""
-    space = defined(block_of("getting_started", "class Model").split("shuffle =")[0] + WARM_UP)
+    space = defined(first_training() + WARM_UP)
     state = nnx.to_pure_dict(nnx.state(space["optimizer"]))
     counts = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.int32 or leaf.dtype == jnp.uint32]
     assert {int(count) for count in counts} == {3}
@@ -272,7 +277,7 @@ def test_a_schedule_of_the_weight_is_that_of_the_loss():
 
 def test_the_warm_up_of_the_page_with_accumulated_gradients():
     """Six times the same batch, two for each update, train as three times without accumulation."""
-    block = block_of("getting_started", "class Model").split("shuffle =")[0]
+    block = first_training()
     assert "`optax.MultiSteps(tx, k)` around the whole" in text_of("choosing")
     usual = defined(block + WARM_UP)
     block = block.replace("nnx.Optimizer(model, tx", "nnx.Optimizer(model, optax.MultiSteps(tx, 2)")

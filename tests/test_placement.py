@@ -80,13 +80,7 @@ TWO_AXES = [p for p in PLACEMENTS if p.classes == "classes" and p.samples == "da
 @pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("name", "placement"),
-    [
-        pytest.param(
-            name, placement, marks=() if name in STEPS or placement in TWO_AXES else pytest.mark.slow
-        )
-        for name in FUNCTIONS
-        for placement in PLACEMENTS
-    ],
+    [(name, placement) for name in FUNCTIONS for placement in PLACEMENTS],
     ids=str,
 )
 def test_equals_one_device_and_travel_does_not_grow_with_the_classes(placement, name, single, request):

@@ -70,13 +70,11 @@ SETTINGS = {
 }
 
 
-# Without jit and with a search for leaks each operation is compiled or traced alone.
+# With these each operation is compiled, traced or looked at alone.
+SLOW = {"debug_nans and debug_infs", "disable_jit", "leaks"}
 EACH_SETTING = pytest.mark.parametrize(
     "setting",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("disable_jit", "leaks") else [])
-        for name in SETTINGS
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SETTINGS],
 )
 
 
@@ -107,7 +105,6 @@ def usual(arguments):
         return jax.device_get(jax.jit(everything)(*arguments))
 
 
-@pytest.mark.few(2)
 @EACH_SETTING
 def test_clean_and_the_same(setting, arguments, usual):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), SETTINGS[setting]():
