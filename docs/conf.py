@@ -56,6 +56,7 @@ html_title = f"jax-centerloss {release}"
 html_logo = html_favicon = "_static/logo.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["breaks.js"]
 html_copy_source = False
 html_show_sphinx = False
 html_use_index = html_domain_indices = False

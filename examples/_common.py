@@ -87,7 +87,7 @@ def add_centers_flag(parser: argparse.ArgumentParser, *choices: str) -> None:
         "zero": "they stay at zero: the control, a penalty on the norm of the features",
     }
     told = "; ".join(f"{choice}: {help_of[choice]}" for choice in choices)
-    parser.add_argument("--centers", choices=choices, default="rule", help=f"what moves them. {told}")
+    parser.add_argument("--centers", choices=choices, default=choices[0], help=f"what moves them. {told}")
 
 
 def how_centers_move(args: argparse.Namespace) -> str:

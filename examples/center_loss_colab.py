@@ -16,7 +16,8 @@
 # # Tutorial
 #
 # You train a small network on handwritten digits, with softmax alone and with center loss, and judge what center loss
-# did. It takes ten minutes to read and about one to run, on a CPU. [Open it in
+# did. It takes ten minutes to read and about one to run, on a CPU, with scikit-learn and matplotlib installed. Your
+# numbers will differ a little. [Open it in
 # Colab](https://colab.research.google.com/github/jax-centerloss/jax-centerloss/blob/main/examples/center_loss_colab.ipynb)
 # to change it as you go.
 #
@@ -187,7 +188,8 @@ plt.show()
 # %% [markdown]
 # ## Health numbers
 #
-# Two more runs belong beside them. The *control* has no center loss: a penalty on the norm of the features shrinks all
+# `own_distance` is how far a sample is from the center of its class, and `gap` how much farther the nearest other center
+# is. Two more runs belong beside them. The *control* has no center loss: a penalty on the norm of the features shrinks all
 # classes towards 0. In the last run the centers are frozen (α = 0), to show what that looks like.
 
 # %%

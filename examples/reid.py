@@ -22,9 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _common import (
+    add_centers_flag,
     add_flags,
     check_finite,
     difference,
+    how_centers_move,
     make_folder,
     markdown,
     new_figure,
@@ -54,7 +56,14 @@ METRICS = {
 
 
 class Model(nnx.Module):
-    def __init__(self, classes: int, feat_dim: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        classes: int,
+        feat_dim: int,
+        *,
+        centers_init: nnx.Initializer = nnx.initializers.normal(1.0),
+        rngs: nnx.Rngs,
+    ) -> None:
         self.blocks = nnx.Sequential(
             Block(1, 32, 2, rngs=rngs), Block(32, 64, 2, rngs=rngs), Block(64, 128, 2, rngs=rngs)
         )
@@ -62,7 +71,9 @@ class Model(nnx.Module):
         self.neck = nnx.BatchNorm(feat_dim, momentum=0.9, use_bias=False, rngs=rngs)
         small = nnx.initializers.normal(0.001)
         self.head = nnx.Linear(feat_dim, classes, use_bias=False, kernel_init=small, rngs=rngs)
-        self.center_loss = jax_centerloss.nnx.CenterLoss(classes, feat_dim, rngs=rngs)
+        self.center_loss = jax_centerloss.nnx.CenterLoss(
+            classes, feat_dim, centers_init=centers_init, rngs=rngs
+        )
 
     def features(self, images: jax.Array) -> jax.Array:
         x = self.blocks(images[..., None].astype(jnp.float32) / 255)
@@ -129,8 +140,10 @@ def train(
     """A trained network, and the mean loss of each epoch."""
     steps = [*batches(data.labels, args.batch_size, args.instances, args.epochs, seed)]
     shifts = np.random.default_rng(seed).integers(0, 5, (len(steps), args.batch_size, 2))
-    model = Model(data.labels.max() + 1, args.feat_dim, rngs=nnx.Rngs(seed))
-    tx = make_optimizer(lam, args.lr, args.alpha, len(steps))
+    moving = args.centers == "optax"
+    init = {} if moving else {"centers_init": nnx.initializers.zeros}
+    model = Model(data.labels.max() + 1, args.feat_dim, **init, rngs=nnx.Rngs(seed))
+    tx = make_optimizer(lam, args.lr, args.alpha if moving else 0.0, len(steps))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     losses = []
     for chosen, by in zip(steps, shifts, strict=True):
@@ -215,6 +228,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--instances", type=number(int, 2), default=4, help="K, the drawings of each character in a batch")
     add("--feat-dim", type=number(int, 2), default=128, help="features per drawing")
     add("--epochs", type=number(int, 1), default=8, help="epochs of each run")
+    add_centers_flag(parser, "optax", "zero")
     quick = "at most 2 epochs, 5 alphabets for training and 5 others"
     add_flags(parser, warmup=None, batch_size=64, seeds=5, lr=3e-3, quick=quick)
     args = parser.parse_args(argv)
@@ -272,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> dict[float, list[dict[str, Any]]]
                     results[lam].append(found)
                     shown.setdefault(lam, features)
         print(f"\n{len(queries):,} queries among {len(judge.labels):,} drawings, ", end="")
-        print(f"{over_seeds(args.seeds)}, {args.epochs} epochs\n")
+        print(f"{how_centers_move(args)}, {over_seeds(args.seeds)}, {args.epochs} epochs\n")
         print(tables(results))
         draw(args.out / "reid.png", judge, queries, shown)
         print(f"\nPicture: reid.png in {args.out}")

@@ -73,6 +73,7 @@ def pytest_collection_modifyitems(items):
         if few is not None and item.get_closest_marker("slow") is None:
             cases[item.function, few.args[0]].append(item)
     for (function, number), same in cases.items():
+        same.sort(key=lambda item: item.nodeid)  # The same cases, in whatever order they were collected.
         random.Random(function.__name__).shuffle(same)
         for item in same[number:]:
             item.add_marker("slow")

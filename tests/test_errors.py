@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental import checkify
 
 import jax_centerloss as jcl
@@ -19,61 +20,50 @@ X = np.zeros((5, 3), np.float32)
 Y = np.zeros(5, np.int32)
 BATCH_FUNCTIONS = [jcl.center_loss, jcl.update_centers]
 
+# What is passed in place of a sound argument.
 CASES = {
-    "centers of rank 1": ((TABLE[0], X, Y), {}, ValueError, r"centers must have shape \(C, D\).*\(3,\)"),
-    "zero classes": ((TABLE[:0], X, Y), {}, ValueError, r"at least one class and one feature, got \(0, 3\)"),
-    "no features": ((TABLE[:, :0], X[:, :0], Y), {}, ValueError, r"one feature, got \(4, 0\)"),
+    "centers of rank 1": ({"params": TABLE[0]}, ValueError, r"centers must have shape \(C, D\).*\(3,\)"),
+    "zero classes": ({"params": TABLE[:0]}, ValueError, r"at least one class and one feature, got \(0, 3\)"),
+    "no features": ({"params": TABLE[:, :0], "x": X[:, :0]}, ValueError, r"one feature, got \(4, 0\)"),
     "integer centers": (
-        (TABLE.astype(np.int32), X, Y),
-        {},
+        {"params": TABLE.astype(np.int32)},
         TypeError,
-        "centers must be floating point, got int32",
+        "centers must be floating .* got int32",
     ),
-    "two tables": (({"a": TABLE, "b": TABLE}, X, Y), {}, ValueError, "exactly one array.*2 leaves"),
-    "no table": (({}, X, Y), {}, ValueError, "exactly one array.*0 leaves"),
-    "feature size": ((TABLE, X[:, :2], Y), {}, ValueError, r"D = 3.*got shape \(5, 2\)"),
-    "scalar features": ((TABLE, np.float32(1), Y), {}, ValueError, r"x must have shape \(\.\.\., D\)"),
-    "integer features": (
-        (TABLE, X.astype(np.int32), Y),
-        {},
-        TypeError,
-        r"x must be floating point, got int32.*astype",
+    "no table": ({"params": {}}, ValueError, r"exactly one array.*got 0 leaves: none\. Pass"),
+    "two tables": (
+        {"params": {"a": TABLE, "b": TABLE}},
+        ValueError,
+        r"exactly one array.*got 2 leaves: \['a'\], \['b'\]\. Pass",
     ),
-    "float labels": ((TABLE, X, Y.astype(np.float32)), {}, TypeError, "labels must be integers, got float32"),
-    "boolean labels": ((TABLE, X, Y.astype(bool)), {}, TypeError, "labels must be integers, got bool"),
-    "leading dimensions": (
-        (TABLE, X, Y[:4]),
-        {},
+    "nine tables": ({"params": [TABLE] * 9}, ValueError, r"got 9 leaves: \[0\], .*, \[7\], \.\.\.\. Pass"),
+    "feature size": ({"x": X[:, :2]}, ValueError, r"D = 3.*got shape \(5, 2\)"),
+    "scalar features": ({"x": np.float32(1)}, ValueError, r"x must have shape \(\.\.\., D\)"),
+    "integer features": ({"x": X.astype(np.int32)}, TypeError, r"x must be floating .* got int32.*astype"),
+    "float labels": ({"labels": Y.astype(np.float32)}, TypeError, "labels must be integers, got float32"),
+    "boolean labels": ({"labels": Y.astype(bool)}, TypeError, "labels must be integers, got bool"),
+    "number of labels": (
+        {"labels": Y[:4]},
         ValueError,
         r"labels \(4,\) and x \(5, 3\): expected labels \(5,\)",
     ),
-    "rank of labels": ((TABLE, X, Y[:, None]), {}, ValueError, r"labels \(5, 1\) and x \(5, 3\)"),
+    "rank of labels": ({"labels": Y[:, None]}, ValueError, r"labels \(5, 1\) and x \(5, 3\)"),
     "float where": (
-        (TABLE, X, Y),
         {"where": np.ones(5, np.float32)},
         TypeError,
-        "where must be boolean, got float32",
+        "where must be boolean, got float32.*weights go into `weights`",
     ),
-    "shape of where": (
-        (TABLE, X, Y),
-        {"where": np.ones(4, bool)},
-        ValueError,
-        r"shape of labels \(5,\), got \(4,\)",
-    ),
+    "shape of where": ({"where": np.ones(4, bool)}, ValueError, r"shape of labels \(5,\), got \(4,\)"),
 }
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("function", BATCH_FUNCTIONS)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_batches(function, case, jit):
-    args, options, error, words = case
-    call = jax.jit(function) if jit else function
-    with pytest.raises(error, match=words):
-        call(*args, **options)
+@pytest.mark.parametrize(("changes", "error", "words"), CASES.values(), ids=CASES)
+def test_batches(changes, error, words):
+    for function in (*BATCH_FUNCTIONS, *map(jax.jit, BATCH_FUNCTIONS)):
+        with pytest.raises(error, match=words):
+            function(**{"params": TABLE, "x": X, "labels": Y} | changes)
 
 
-@pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize(
     ("function", "options", "words"),
     [
@@ -84,12 +74,11 @@ def test_batches(function, case, jit):
         (jcl.center_loss, {"clip": 1.0}, "pair of floats"),
     ],
 )
-def test_options(function, options, words, jit):
-    def call(c, x, y):
-        return function(c, x, y, **options)
-
-    with pytest.raises(ValueError, match=words):
-        (jax.jit(call) if jit else call)(TABLE, X, Y)
+def test_options(function, options, words):
+    call = functools.partial(function, **options)
+    for either in (call, jax.jit(call)):
+        with pytest.raises(ValueError, match=words):
+            either(TABLE, X, Y)
 
 
 @pytest.mark.parametrize("function", [jcl.distance_map, jcl.nearest_center])
@@ -98,15 +87,6 @@ def test_maps(function):
         function(TABLE, X[:, :2])
     with pytest.raises(TypeError, match="floating point"):
         function(TABLE, X.astype(np.int32))
-
-
-def test_the_leaves_of_another_tree_are_named():
-    with pytest.raises(ValueError, match=r"got 2 leaves: \['a'\], \['b'\]\. Pass"):
-        jcl.center_loss({"a": TABLE, "b": TABLE}, X, Y)
-    with pytest.raises(ValueError, match=r"got 0 leaves: none\. Pass"):
-        jcl.center_loss({}, X, Y)
-    with pytest.raises(ValueError, match=r"got 9 leaves: \[0\], .*, \[7\], \.\.\.\. Pass"):
-        jcl.center_loss([TABLE] * 9, X, Y)
 
 
 def test_a_module_that_holds_no_array_is_named():
@@ -128,10 +108,7 @@ def spread(function):
     """The function inside shard_map, its batch over two devices."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     whole, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
-
-    def body(centers, x, labels):
-        return function(centers, x, labels, axis_name="data")
-
+    body = functools.partial(function, axis_name="data")
     return jax.shard_map(body, mesh=mesh, in_specs=(whole, split, split), out_specs=whole)
 
 
@@ -151,48 +128,35 @@ def checked(function):
     return call
 
 
-WRAPS = pytest.mark.parametrize("wrap", [lambda function: function, jax.checkpoint, each, spread])
-
-
-@pytest.mark.few(3)
-@pytest.mark.parametrize("function", BATCH_FUNCTIONS)
-@WRAPS
-def test_checkify_names_the_label(function, wrap):
-    check = checkify.checkify(jax.jit(wrap(checked(function))))
-    x = jnp.zeros((4, 3))
-    with pytest.raises(checkify.JaxRuntimeError, match="label 9 is out of range for 4 classes"):
-        check(TABLE, x, jnp.array([0, 9, 1, -1]))[0].throw()
-    check(TABLE, x, jnp.array([0, 3, 1, -1]))[0].throw()
+def error_of(function):
+    """A function of a batch that returns what checkify finds in the function under jit, or None."""
+    compiled = jax.jit(checkify.checkify(jax.jit(function)))
+    return lambda *args, **options: compiled(*args, **options)[0].get()
 
 
 @pytest.mark.few(4)
-@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
-@WRAPS
-def test_checkify_names_a_feature_that_is_no_number(wrap, bad):
-    check = checkify.checkify(jax.jit(wrap(checked(jcl.center_loss))))
-    x, labels = jnp.zeros((4, 3)).at[1, 2].set(float(bad)), jnp.array([0, 2, 1, -1])
-    with pytest.raises(checkify.JaxRuntimeError, match=rf"a feature of a used sample, of class 2, is {bad}"):
-        check(TABLE, x, labels)[0].throw()
-    check(TABLE, x, jnp.array([0, -1, 1, -1]))[0].throw()  # Not of one that is ignored.
-    check(TABLE, jnp.zeros((4, 3)), labels)[0].throw()
+@pytest.mark.parametrize("function", BATCH_FUNCTIONS)
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, jax.checkpoint, each, spread], ids=["", "remat", "vmap", "mesh"]
+)
+def test_checkify_names_a_label_and_a_feature(function, wrap):
+    found = error_of(wrap(checked(function)))
+    x, labels = np.zeros((4, 3), np.float32), np.array([0, 2, 1, -1])
+    assert found(TABLE, x, labels) is None
+    assert "label 9 is out of range for 4 classes" in found(TABLE, x, np.array([0, 9, 1, -1]))
+    for bad in ("nan", "inf", "-inf"):
+        x[1, 2] = float(bad)
+        assert f"a feature of a used sample, of class 2, is {bad}" in found(TABLE, x, labels)
+        assert found(TABLE, x, np.array([0, -1, 1, -1])) is None  # Not of one that is ignored.
 
 
 FAULTS = {
     "label": ({"labels": np.array([0, 7, 1])}, "label 7 is out of range for 4 classes"),
-    "nan feature": (
-        {"x": np.array([[0, 0, 0], [0, np.nan, 0], [0, 0, 0]], np.float32)},
-        "of class 2, is nan",
-    ),
-    "infinite feature": (
-        {"x": np.array([[0, 0, 0], [-np.inf, 0, 0], [0] * 3], np.float32)},
-        "of class 2, is -inf",
-    ),
-    "weight": ({"weights": np.array([1.0, -2.5, 0.0], np.float32)}, "-2.5"),
-    "nan weight": ({"weights": np.array([1.0, np.nan, 0.0], np.float32)}, "weight of .* of class 2, is nan"),
-    "center": (
-        {"params": np.array([[0] * 3, [0] * 3, [0, np.inf, 0], [np.nan] * 3], np.float32)},
-        "class 2.*inf",
-    ),
+    "nan feature": ({"x": np.float32([[0] * 3, [0, np.nan, 0], [0] * 3])}, "of class 2, is nan"),
+    "infinite feature": ({"x": np.float32([[0] * 3, [-np.inf, 0, 0], [0] * 3])}, "of class 2, is -inf"),
+    "weight": ({"weights": np.float32([1, -2.5, 0])}, "-2.5"),
+    "nan weight": ({"weights": np.float32([1, np.nan, 0])}, "weight of .* of class 2, is nan"),
+    "center": ({"params": np.float32([[0] * 3, [0] * 3, [0, np.inf, 0], [np.nan] * 3])}, "class 2.*inf"),
 }
 SOUND = {
     "params": TABLE,
@@ -201,6 +165,8 @@ SOUND = {
     "where": np.ones(3, bool),
     "weights": np.ones(3, np.float32),
 }
+found_in_a_batch = error_of(jcl.check_batch)
+unseen_in_a_batch = jax.jit(jcl.check_batch)
 
 
 @pytest.mark.parametrize(("fault", "words"), FAULTS.values(), ids=FAULTS)
@@ -208,17 +174,12 @@ def test_check_batch_names_what_is_wrong(fault, words):
     batch = SOUND | fault
     with pytest.raises(ValueError, match=words):
         jcl.check_batch(**batch)
-    error, _ = checkify.checkify(jax.jit(jcl.check_batch))(**batch)
-    assert re.search(words, error.get())
-    jax.jit(jcl.check_batch)(**batch)  # Nothing, where no one looks.
-    unused = batch | {"where": np.array([True, False, True])}
-    for function in (
-        jcl.check_batch,
-        lambda **k: checkify.checkify(jax.jit(jcl.check_batch))(**k)[0].throw(),
-    ):
-        assert function(**SOUND) is None
-        assert function(**unused) is None
-        assert function(**batch | {"weights": np.array([1.0, 0.0, 1.0], np.float32)}) is None
+    assert re.search(words, found_in_a_batch(**batch))
+    unseen_in_a_batch(**batch)  # Nothing, where no one looks.
+    masked, weightless = {"where": np.array([True, False, True])}, {"weights": np.float32([1, 0, 1])}
+    for unused in (SOUND, batch | masked, batch | weightless):
+        assert jcl.check_batch(**unused) is None
+        assert found_in_a_batch(**unused) is None
 
 
 def test_check_batch_of_nothing_and_under_debug_nans():
@@ -232,43 +193,42 @@ def test_check_batch_of_nothing_and_under_debug_nans():
 
 
 def test_checkify_shows_a_label_and_a_value_of_one_class_also_of_features_that_are_closed_over():
-    x, labels = jnp.zeros((3, 3)).at[0, 1].set(jnp.inf).at[1, 2].set(-jnp.inf), jnp.array([1, 3, 0])
-    error, _ = checkify.checkify(jax.jit(lambda c: jcl.check_batch(c, x, labels)))(TABLE)
-    assert "of class 3, is -inf" in error.get()
-    error, _ = checkify.checkify(lambda c: jcl.check_batch(c, x, labels))(TABLE)
-    assert "of class 3, is -inf" in error.get()
+    x, labels = np.float32([[0, np.inf, 0], [0, 0, -np.inf], [0, 0, 0]]), np.array([1, 3, 0])
+    for jit in (lambda function: function, jax.jit):
+        error, _ = checkify.checkify(jit(lambda c: jcl.check_batch(c, jnp.asarray(x), labels)))(TABLE)
+        assert "of class 3, is -inf" in error.get()
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
-def test_checkify_names_what_one_of_several_devices_holds(kind, bad):
+def test_checkify_names_what_one_of_several_devices_holds(kind):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(getattr(jax.sharding.AxisType, kind),))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    x, labels = jnp.zeros((16, 3)).at[3, 2].set(float(bad)), jnp.arange(16) % 4
-    check = checkify.checkify(jax.jit(jcl.check_batch))
-    error, _ = check(TABLE, *jax.device_put((x, labels), split))
-    assert f"of class 3, is {bad} " in error.get()
-    error, _ = check(TABLE, *jax.device_put((x, labels * 5), split))
-    assert "label 15 is out of range" in error.get()
+    x, labels = np.zeros((16, 3), np.float32), np.arange(16) % 4
+    for bad in ("nan", "inf", "-inf"):
+        x[3, 2] = float(bad)
+        assert f"of class 3, is {bad} " in found_in_a_batch(TABLE, *jax.device_put((x, labels), split))
+    assert "label 15 is out of range" in found_in_a_batch(TABLE, *jax.device_put((x, labels * 5), split))
 
 
-def test_checkify_of_gradients_metrics_and_scans():
-    x, labels = jnp.zeros((2, 3)).at[1, 2].set(jnp.nan), jnp.array([0, 2])
+def scanned(centers, x, labels):
+    step = jax.value_and_grad(checked(jcl.center_loss))
+    return jax.lax.scan(lambda _, batch: (_, step(centers, *batch)), None, (x[:, None], labels[:, None]))
 
-    def scanned(centers, x, labels):
-        step = jax.value_and_grad(checked(jcl.center_loss))
-        return jax.lax.scan(lambda _, batch: (_, step(centers, *batch)), None, (x[:, None], labels[:, None]))
 
-    for function in (
+@pytest.mark.parametrize(
+    "function",
+    [
         jax.grad(checked(jcl.center_loss), (0, 1)),
         jax.hessian(checked(jcl.center_loss)),
         checked(jcl.center_metrics),
         scanned,
-    ):
-        error, _ = checkify.checkify(jax.jit(function))(TABLE, x, labels)
-        assert "of class 2, is nan" in error.get()
-        error, _ = checkify.checkify(jax.jit(function))(TABLE, jnp.zeros((2, 3)), labels)
-        assert error.get() is None
+    ],
+    ids=["gradient", "hessian", "metrics", "scan"],
+)
+def test_checkify_of_what_is_made_of_a_loss(function):
+    found, labels = error_of(function), np.array([0, 2])
+    assert "of class 2, is nan" in found(TABLE, np.float32([[0, 0, 0], [0, 0, np.nan]]), labels)
+    assert found(TABLE, X[:2], labels) is None
 
 
 @pytest.mark.parametrize("function", BATCH_FUNCTIONS)
@@ -278,30 +238,23 @@ def test_no_function_but_check_batch_leaves_an_effect(function):
     assert jax.make_jaxpr(checked(function))(TABLE, X, Y).effects
 
 
-@pytest.mark.parametrize("sizes", [(0, 2), (2, 0), (-1, 2)])
-def test_sizes(sizes):
-    from flax import nnx
-
-    with pytest.raises(ValueError, match="must be at least 1"):
-        jcl.init_centers(jax.random.key(0), *sizes)
-    with pytest.raises(ValueError, match="must be at least 1"):
-        jcl.nnx.CenterLoss(*sizes, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="must be at least 1"):
-        jcl.linen.CenterLoss(*sizes).init(jax.random.key(0), X, Y)
-    with pytest.raises(TypeError, match=r"dtype must be floating point, got int32\. Centers are floating"):
-        jcl.init_centers(jax.random.key(0), 2, 2, dtype=jnp.int32)
-    with pytest.raises(TypeError, match="dtype must be floating point, got int32"):
-        jcl.nnx.CenterLoss(2, 2, param_dtype=jnp.int32, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match="dtype must be floating point, got int32"):
-        jcl.linen.CenterLoss(2, 2, param_dtype=jnp.int32).init(jax.random.key(0), X, Y)
-
-
-def test_import_is_light():
-    code = (
-        "import sys, jax_centerloss; print(sorted({'flax', 'optax', 'torch', 'matplotlib'} & {*sys.modules}))"
+def test_sizes_and_types_of_centers():
+    makers = (
+        lambda *sizes, dtype: jcl.init_centers(jax.random.key(0), *sizes, dtype=dtype),
+        lambda *sizes, dtype: jcl.nnx.CenterLoss(*sizes, param_dtype=dtype, rngs=nnx.Rngs(0)),
+        lambda *sizes, dtype: jcl.linen.CenterLoss(*sizes, param_dtype=dtype),
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    for make in makers:
+        for sizes in ((0, 2), (2, 0), (-1, 2)):
+            with pytest.raises(ValueError, match="must be at least 1"):
+                make(*sizes, dtype=jnp.float32)
+        with pytest.raises(
+            TypeError, match=r"dtype must be floating point, got int32\. Centers are floating"
+        ):
+            make(2, 2, dtype=jnp.int32)
+
+
+def test_what_the_package_does_not_have_is_named():
     with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
         _ = jcl.nothing
     with pytest.raises(AttributeError, match=r"nnx\.CenterLoss and linen\.CenterLoss"):
@@ -309,9 +262,11 @@ def test_import_is_light():
     assert {"center_loss", "nnx", "from_torch"} <= set(dir(jcl))
 
 
-CONSTRUCTORS = """
-import jax, optax
+IMPORT_AND_CONSTRUCTORS = """
+import sys
 import jax_centerloss as jcl
+print(sorted({'flax', 'optax', 'torch', 'matplotlib'} & {*sys.modules}))
+import jax, optax
 jcl.linen.CenterLoss(10, 2)
 jcl.linen.CenterLoss(10, 2, centers_as="state", rule="mean", alpha=0.25, param_dtype="bfloat16")
 jcl.with_center_optimizer(optax.adam(1e-3))
@@ -324,8 +279,9 @@ except RuntimeError as error:
 """
 
 
-def test_constructors_do_not_start_a_backend():
+def test_the_import_is_light_and_constructors_do_not_start_a_backend():
     # There is no such backend, so that whatever starts one fails, as the last line shows.
     env = os.environ | {"JAX_PLATFORMS": "none_such"}
-    out = subprocess.run([sys.executable, "-c", CONSTRUCTORS], capture_output=True, text=True, env=env)
-    assert out.stdout == "no backend\n", out.stdout + out.stderr
+    command = [sys.executable, "-c", IMPORT_AND_CONSTRUCTORS]
+    out = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert out.stdout == "[]\nno backend\n", out.stdout + out.stderr

@@ -14,6 +14,8 @@ import pytest
 
 import jax_centerloss as jcl
 
+pytestmark = pytest.mark.usefixtures("as_jax_promotes")  # optax's bias correction needs it.
+
 C, D, N = 3000, 4, 16
 PLATFORMS = ("cpu", "cuda", "tpu")
 ROWS = jcl.row_optimizer(optax.adam(0.1))
@@ -33,16 +35,14 @@ FUNCTIONS = {
 RUN = """
 import sys
 import jax, jax.export, numpy as np
-assert "jax_centerloss" not in sys.modules
 folder = sys.argv[1]
 arrays = np.load(f"{folder}/arguments.npz")
 arguments = [arrays[f"arr_{i}"] for i in range(len(arrays))]
-for name in sys.argv[2:]:
-    exported = jax.export.deserialize(open(f"{folder}/{name}.bin", "rb").read())
-    assert exported.platforms == ("cpu", "cuda", "tpu")
-    for n in (1, 33):
-        given = [*arguments[:-3], *(np.resize(a, (n, *a.shape[1:])) for a in arguments[-3:])]
-        np.savez(f"{folder}/{name}-{n}.npz", *jax.tree.leaves(exported.call(*given)))
+exported = jax.export.deserialize(open(f"{folder}/program.bin", "rb").read())
+assert exported.platforms == ("cpu", "cuda", "tpu")
+for n in (1, 33):
+    given = [*arguments[:-3], *(np.resize(a, (n, *a.shape[1:])) for a in arguments[-3:])]
+    np.savez(f"{folder}/{n}.npz", *jax.tree.leaves(exported.call(*given)))
 assert "jax_centerloss" not in sys.modules
 """
 
@@ -52,18 +52,12 @@ def state_of(leaves, centers):
     return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(ROWS.init, centers)), leaves)
 
 
-@pytest.fixture(autouse=True)
-def as_optax_needs_it():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 @pytest.fixture
 def arguments(rng):
     centers = rng.normal(size=(C, D)).astype(np.float32)
     labels = rng.integers(-1, C, N).astype(np.int32)
     labels[:4] = 7
-    state = [np.asarray(leaf) for leaf in jax.tree.leaves(ROWS.init(centers))]
+    state = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(ROWS.init)(centers))]
     return centers, state, rng.normal(size=(N, D)).astype(np.float32), labels, rng.random(N) < 0.8
 
 
@@ -75,60 +69,58 @@ def exported(function, *shapes):
     return jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
 
 
-def assert_equal(got, want, message):
-    chex.assert_trees_all_equal_dtypes(got, want, custom_message=message)
-    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6, custom_message=message)
+def all_of(names, centers, *rest):
+    """The results of these functions by name, of the arguments as an exported program takes them: flat."""
+    *state, x, labels, where = rest
+    return {name: FUNCTIONS[name](centers, state, x, labels, where) for name in names}
 
 
 @pytest.mark.slow
 def test_a_fresh_process_gets_the_same_numbers(tmp_path, arguments):
-    centers, state, x, labels, where = arguments
+    centers, state, *batch = arguments
     (n,) = jax.export.symbolic_shape("n")
-    given = shape(centers), *map(shape, state), shape(x, n, D), shape(labels, n), shape(where, n)
-    for name, function in FUNCTIONS.items():
-
-        def flat(c, *rest, function=function):
-            return function(c, list(rest[:-3]), *rest[-3:])
-
-        (tmp_path / f"{name}.bin").write_bytes(exported(flat, *given).serialize())
-    np.savez(tmp_path / "arguments.npz", centers, *state, x, labels, where)
-    command = [sys.executable, "-c", RUN, str(tmp_path), *FUNCTIONS]
-    subprocess.run(command, check=True, timeout=240)
-    for name, function in FUNCTIONS.items():
-        for n in (1, 33):
-            with np.load(tmp_path / f"{name}-{n}.npz") as file:
-                got = [file[f"arr_{i}"] for i in range(len(file.files))]
-            batch = (np.resize(a, (n, *a.shape[1:])) for a in arguments[2:])
-            want = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(function)(*arguments[:2], *batch))]
-            assert_equal(got, want, f"{name} of {n}")
+    given = shape(centers), *map(shape, state), *(shape(a, n, *a.shape[1:]) for a in batch)
+    function = partial(all_of, FUNCTIONS)
+    (tmp_path / "program.bin").write_bytes(exported(function, *given).serialize())
+    np.savez(tmp_path / "arguments.npz", centers, *state, *batch)
+    subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], check=True, timeout=240)
+    for n in (1, 33):
+        want = jax.jit(function)(centers, *state, *(np.resize(a, (n, *a.shape[1:])) for a in batch))
+        with np.load(tmp_path / f"{n}.npz") as file:
+            got = jax.tree.unflatten(jax.tree.structure(want), [file[name] for name in file.files])
+        chex.assert_trees_all_equal_dtypes(got, want)
+        chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6, custom_message=f"of {n}")
 
 
 def test_a_symbolic_number_of_classes(arguments):
     centers, _, x, labels, _ = arguments
     (k,) = jax.export.symbolic_shape("k")
     program = exported(jcl.update_centers, shape(centers, k, D), shape(x), shape(labels))
-    np.testing.assert_allclose(
-        program.call(centers, x, labels), jcl.update_centers(centers, x, labels), rtol=1e-5
-    )
+    want = jax.jit(jcl.update_centers)(centers, x, labels)
+    np.testing.assert_allclose(program.call(centers, x, labels), want, rtol=1e-5)
 
 
 def test_a_symbolic_number_of_features(arguments):
     centers, _, x, labels, _ = arguments
     (d,) = jax.export.symbolic_shape("d")
-    program = exported(jcl.center_loss, shape(centers, len(centers), d), shape(x, len(x), d), shape(labels))
+
+    def function(centers, x, labels):
+        return jcl.center_loss(centers, x, labels), jcl.nearest_center(centers, x)
+
+    program = exported(function, shape(centers, C, d), shape(x, N, d), shape(labels))
     for used in (2, D):
         batch = centers[:, :used], x[:, :used], labels
-        np.testing.assert_allclose(program.call(*batch), jcl.center_loss(*batch), rtol=1e-6)
-    program = exported(jcl.nearest_center, shape(centers, len(centers), d), shape(x, len(x), d))
-    np.testing.assert_array_equal(program.call(centers, x), jcl.nearest_center(centers, x))
+        (loss, nearest), want = program.call(*batch), jax.jit(function)(*batch)
+        np.testing.assert_allclose(loss, want[0], rtol=1e-6)
+        np.testing.assert_array_equal(nearest, want[1])
 
 
 @pytest.mark.usefixtures("for_its_platform")
 def test_only_a_cpus_program_has_loops():
     # One in which classes are searched for, and one over blocks of sums.
     n, d = 2400, 512
-    shapes = [jax.ShapeDtypeStruct((5000, d), jnp.float32), jax.ShapeDtypeStruct((n, d), jnp.float32)]
-    shapes.append(jax.ShapeDtypeStruct((n,), jnp.int32))
+    sizes = ((5000, d), np.float32), ((n, d), np.float32), ((n,), np.int32)
+    shapes = [jax.ShapeDtypeStruct(*size) for size in sizes]
     rows = jcl.row_optimizer(optax.sgd(0.1))
 
     def step(centers, x, labels):
@@ -147,10 +139,8 @@ def test_only_a_cpus_program_has_loops():
 @pytest.mark.parametrize("kinds", [("bfloat16", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16")])
 def test_half_precision_is_exported(arguments, kinds):
     centers, state, x, labels, where = arguments
-    x, centers = jnp.asarray(x, kinds[0]), jnp.asarray(centers, kinds[1])
-    for name in ("gradient", "paper", "rows"):
-        function = partial(FUNCTIONS[name], centers, state)
-        program = exported(function, shape(x), shape(labels), shape(where))
-        chex.assert_trees_all_close(
-            program.call(x, labels, where), jax.jit(function)(x, labels, where), rtol=1e-2
-        )
+    x, centers = x.astype(jnp.dtype(kinds[0])), centers.astype(jnp.dtype(kinds[1]))
+    function = partial(all_of, ("gradient", "paper", "rows"), centers, *state)
+    program = exported(function, shape(x), shape(labels), shape(where))
+    got, want = program.call(x, labels, where), jax.jit(function)(x, labels, where)
+    chex.assert_trees_all_close(got, want, rtol=1e-2)

@@ -1,6 +1,7 @@
 """The loss, the distances and their semantics, against closed forms in float64 NumPy."""
 
 import math
+from functools import partial
 
 import chex
 import jax
@@ -28,24 +29,29 @@ def squared(params, x, labels):
     return (difference**2).sum(-1)
 
 
-def test_value_is_the_mean_own_class_distance_with_the_references_constant(data):
+def test_values_and_gradients_are_those_of_the_formula(data):
     params, x, labels = data
-    expected = squared(params, x, labels).mean()
-    np.testing.assert_allclose(jcl.center_loss(params, x, labels, clip=None), expected, rtol=1e-6)
-    wide = {"centers": np.zeros((100_000, 2), np.float32)}
-    np.testing.assert_allclose(
-        jcl.center_loss(wide, np.zeros((4, 2), np.float32), np.zeros(4, int)), 100_000 * LOW, rtol=1e-6
-    )
 
+    @jax.jit
+    def run(params, x):
+        loss = partial(jcl.center_loss, params, x, labels)
+        reduced = [loss(reduce_fn=f) for f in (None, jnp.sum, jnp.mean)]
+        many_classes = jcl.center_loss(jnp.zeros((100_000, 2)), jnp.zeros((4, 2)), np.zeros(4, int))
+        grads = jax.grad(jcl.center_loss, (0, 1))(params, x, labels)
+        return reduced, loss(clip=None), many_classes, grads
 
-def test_gradients_are_the_plain_derivative(data):
-    params, x, labels = data
-    gp, gx = jax.grad(jcl.center_loss, (0, 1))(params, x, labels)
+    (each, total, mean), unclamped, many_classes, (gp, gx) = run(params, x)
+    expected = squared(params, x, labels)
+    np.testing.assert_allclose(each, expected + (C - 1) * LOW, rtol=1e-6)
+    np.testing.assert_allclose(total, expected.sum(), rtol=1e-6)
+    np.testing.assert_allclose([mean, unclamped], [expected.mean()] * 2, rtol=1e-6)
+    # The constant of the reference.
+    np.testing.assert_allclose(many_classes, 100_000 * LOW, rtol=1e-6)
     pull = 2 * (x - params["centers"][labels]).astype(np.float64) / N
-    expected = np.zeros((C, D))
-    np.add.at(expected, labels, -pull)
+    by_centers = np.zeros((C, D))
+    np.add.at(by_centers, labels, -pull)
     np.testing.assert_allclose(gx, pull, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(gp["centers"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gp["centers"], by_centers, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -54,119 +60,132 @@ def test_first_and_second_derivatives_numerically(data):
     check_grads(lambda p, x: jcl.center_loss(p, x, labels), (params, x), order=2, rtol=2e-2)
 
 
-@pytest.mark.few(2)
-@pytest.mark.parametrize("lead", [(), (1,), (12,), (4, 3), (2, 3, 2)])
-def test_any_leading_dimensions(data, lead):
+def test_any_leading_dimensions(data):
     params, x, labels = data
-    size = int(np.prod(lead))
-    flat = jcl.center_loss(params, x[:size], labels[:size])
-    shaped = jcl.center_loss(params, x[:size].reshape(*lead, D), labels[:size].reshape(lead))
-    np.testing.assert_allclose(shaped, flat, rtol=1e-6)
-    per_sample = jcl.center_loss(
-        params, x[:size].reshape(*lead, D), labels[:size].reshape(lead), reduce_fn=None
-    )
-    assert per_sample.shape == lead
+
+    @jax.jit
+    def run(lead_of):
+        shaped = x[: lead_of.size].reshape(*lead_of.shape, D), labels[: lead_of.size].reshape(lead_of.shape)
+        return jcl.center_loss(params, *shaped), jcl.center_loss(params, *shaped, reduce_fn=None)
+
+    for lead in [(), (1,), (12,), (4, 3), (2, 3, 2)]:
+        mean, each = run(np.zeros(lead))
+        want = squared(params, x, labels)[: math.prod(lead)]
+        assert each.shape == lead
+        np.testing.assert_allclose(np.ravel(each), want + (C - 1) * LOW, rtol=1e-6)
+        np.testing.assert_allclose(mean, want.mean(), rtol=1e-6)
 
 
-def test_reductions_agree(data):
-    params, x, labels = data
-    each = jcl.center_loss(params, x, labels, reduce_fn=None)
-    np.testing.assert_allclose(each, squared(params, x, labels) + (C - 1) * LOW, rtol=1e-6)
-    np.testing.assert_allclose(each.sum(), jcl.center_loss(params, x, labels, reduce_fn=jnp.sum), rtol=1e-6)
-
-
-@pytest.mark.parametrize("how", ["where", "negative"])
-def test_ignoring_is_slicing(data, rng, how):
+def test_ignoring_is_slicing(data, rng):
     params, x, labels = data
     keep = rng.random(N) < 0.5
-    if how == "where":
-        args, kwargs = (x, labels), {"where": keep}
-    else:
-        args, kwargs = (x, np.where(keep, labels, -1 - labels)), {}
-    for reduce_fn in (jnp.mean, jnp.sum):
-        ignored = jax.value_and_grad(jcl.center_loss, (0, 1))(params, *args, reduce_fn=reduce_fn, **kwargs)
-        sliced = jax.value_and_grad(jcl.center_loss, (0, 1))(
-            params, x[keep], labels[keep], reduce_fn=reduce_fn
-        )
-        chex.assert_trees_all_close((ignored[0], ignored[1][0]), (sliced[0], sliced[1][0]), rtol=1e-5)
-        np.testing.assert_allclose(ignored[1][1][keep], sliced[1][1], rtol=1e-6)
-        assert not np.any(ignored[1][1][~keep])
-    each = jcl.center_loss(params, *args, reduce_fn=None, **kwargs)
-    assert not np.any(each[~keep])
-    assert np.all(each[keep] > 0)
+
+    @jax.jit
+    def run(x, labels, where=None):
+        def loss(params, x, reduce_fn):
+            return jcl.center_loss(params, x, labels, reduce_fn=reduce_fn, where=where)
+
+        each = loss(params, x, None)
+        return [jax.value_and_grad(loss, (0, 1))(params, x, f) for f in (jnp.mean, jnp.sum)], each
+
+    sliced, _ = run(x[keep], labels[keep])
+    for ignored, each in (run(x, labels, keep), run(x, np.where(keep, labels, -1 - labels))):
+        for (got, (gp, gx)), (want, (gp_sliced, gx_sliced)) in zip(ignored, sliced, strict=True):
+            chex.assert_trees_all_close((got, gp), (want, gp_sliced), rtol=1e-5)
+            np.testing.assert_allclose(gx[keep], gx_sliced, rtol=1e-6)
+            assert not np.any(gx[~keep])
+        assert not np.any(each[~keep])
+        assert np.all(each[keep] > 0)
 
 
-@pytest.mark.parametrize("jit", [False, True])
-def test_fully_masked_and_empty_means_are_zero(data, jit):
+def test_fully_masked_and_empty_means_are_zero(data):
     params, x, labels = data
-    loss = jax.jit(jcl.center_loss) if jit else jcl.center_loss
-    assert loss(params, x, labels, where=np.zeros(N, bool)) == 0
-    assert loss(params, x, np.full(N, -1)) == 0
-    assert loss(params, x[:0], labels[:0]) == 0
-    gx = jax.grad(loss, 1)(params, x, np.full(N, -1))
-    assert not np.any(gx)
+
+    @jax.jit
+    def run():
+        loss, none = jcl.center_loss, np.full(N, -1)
+        values = [
+            loss(params, x, labels, where=np.zeros(N, bool)),
+            loss(params, x, none),
+            loss(params, x[:0], labels[:0]),
+        ]
+        return values, jax.grad(loss, 1)(params, x, none)
+
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(run()))
+    assert jcl.center_loss(params, x, np.full(N, -1)) == 0  # Outside of jit, too.
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_not_a_number_in_a_used_row_surfaces_and_in_a_masked_row_does_not(data, bad):
+def test_not_a_number_in_a_used_row_surfaces_and_in_a_masked_row_does_not(data):
     params, x, labels = data
-    x = x.copy()
-    x[3, 1] = bad
     keep = np.arange(N) != 3
-    assert np.isnan(jcl.center_loss(params, x, labels))
-    assert np.isnan(jcl.center_loss(params, x, labels, clip=None))
-    each, pull = jax.vjp(lambda x: jcl.center_loss(params, x, labels, reduce_fn=None), x)
-    assert np.array_equal(np.isnan(each), ~keep)
-    assert np.isnan(pull(jnp.ones(N))[0][3, 1])
-    value, (gp, gx) = jax.value_and_grad(jcl.center_loss, (0, 1))(params, x, labels, where=keep)
-    np.testing.assert_allclose(value, squared(params, x, labels)[keep].mean(), rtol=1e-6)
-    assert np.all(np.isfinite(gx))
-    assert np.all(np.isfinite(gp["centers"]))
-    moved = jcl.update_centers(params, x, labels, where=keep)
-    assert np.all(np.isfinite(moved["centers"]))
+
+    @jax.jit
+    def run(x):
+        loss = jcl.center_loss
+        means = loss(params, x, labels), loss(params, x, labels, clip=None)
+        each, pull = jax.vjp(lambda x: loss(params, x, labels, reduce_fn=None), x)
+        masked = jax.value_and_grad(loss, (0, 1))(params, x, labels, where=keep)
+        return means, each, pull(jnp.ones(N))[0], masked, jcl.update_centers(params, x, labels, where=keep)
+
+    for bad in (np.nan, np.inf, -np.inf):
+        x[3, 1] = bad
+        means, each, pull, (value, grads), moved = run(x)
+        assert np.all(np.isnan(means))
+        assert np.array_equal(np.isnan(each), ~keep)
+        assert np.isnan(pull[3, 1])
+        np.testing.assert_allclose(value, squared(params, x, labels)[keep].mean(), rtol=1e-6)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((grads, moved)))
 
 
-@pytest.mark.parametrize("clip", [(LOW, HIGH), None])
-def test_a_distance_that_overflows_is_never_hidden_by_the_clamp(clip):
-    # Nor is it by the reference, where infinity times the mask's zero is NaN.
-    loss = jcl.center_loss(np.zeros((2, 2), np.float32), np.full((1, 2), 1e20, np.float32), [0], clip=clip)
-    assert np.isnan(loss)
-
-
-def test_gradient_passes_on_the_closed_interval_of_the_clamp():
+def test_at_the_clamp_gradients_pass_and_what_overflows_shows():
     # One coordinate, so that the distance is exact: 2**2, at, inside and outside a clamp that ends there.
-    for clip, slope in [((4.0, 9.0), 4.0), ((1.0, 4.0), 4.0), ((4.1, 9.0), 0.0), ((1.0, 3.9), 0.0)]:
-        grad = jax.grad(jcl.center_loss, 1)(np.zeros((1, 1), np.float32), jnp.array([[2.0]]), [0], clip=clip)
-        np.testing.assert_allclose(grad, [[slope]])
+    slopes = {(4.0, 9.0): 4.0, (1.0, 4.0): 4.0, (4.1, 9.0): 0.0, (1.0, 3.9): 0.0}
+
+    @jax.jit
+    def run():
+        zero, slope = jnp.zeros((1, 1)), jax.grad(jcl.center_loss, 1)
+        infinite = [
+            jcl.center_loss(jnp.zeros((2, 2)), jnp.full((1, 2), 1e20), [0], clip=clip)
+            for clip in ((LOW, HIGH), None)
+        ]
+        return [slope(zero, jnp.array([[2.0]]), [0], clip=clip) for clip in slopes], infinite
+
+    by_clip, infinite = run()
+    np.testing.assert_allclose(np.ravel(by_clip), list(slopes.values()))
+    # In the reference infinity times the mask's zero is NaN, too.
+    assert np.all(np.isnan(infinite))
 
 
 def test_label_without_a_class_is_nan_under_jit_and_touches_no_center(data):
     params, x, labels = data
-    labels = labels.copy()
     labels[5] = C
-    each, pull = jax.vjp(
-        jax.jit(lambda p, x, y: jcl.center_loss(p, x, y, reduce_fn=None)), params, x, jnp.asarray(labels)
-    )
-    gp, gx, _ = pull(jnp.ones(N))
     others = np.arange(N) != 5
-    assert np.isnan(each[5])
-    assert np.all(np.isfinite(each[others]))
+
+    @jax.jit
+    def run(params, x, labels):
+        each, pull = jax.vjp(lambda p, x: jcl.center_loss(p, x, labels, reduce_fn=None), params, x)
+        mean, masked = (jcl.center_loss(params, x, labels, where=where) for where in (None, labels < C))
+        return each, pull(jnp.ones(N)), mean, masked
+
+    each, (gp, gx), mean, masked = run(params, x, labels)
+    assert np.array_equal(np.isnan(each), ~others)
     assert np.all(np.isnan(gx[5]))
     assert np.all(np.isfinite(gx[others]))
     assert np.all(np.isfinite(gp["centers"]))
-    assert np.isnan(jax.jit(jcl.center_loss)(params, x, jnp.asarray(labels)))
-    masked = jax.jit(lambda p, x, y: jcl.center_loss(p, x, y, where=y < C))(params, x, jnp.asarray(labels))
-    np.testing.assert_allclose(
-        masked, squared(params, x, np.minimum(labels, C - 1))[others].mean(), rtol=1e-6
-    )
+    assert np.isnan(mean)
+    want = squared(params, x, np.minimum(labels, C - 1))[others].mean()
+    np.testing.assert_allclose(masked, want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.int32, jnp.uint32])
-def test_label_dtypes_narrower_than_the_number_of_classes(rng, dtype):
+def test_label_dtypes_narrower_than_the_number_of_classes(rng):
     table = rng.normal(size=(1000, 2)).astype(np.float32)
-    labels = jnp.arange(5, dtype=dtype)
-    loss = jax.jit(jcl.center_loss)(table, table[:5] + 1, labels)
-    np.testing.assert_allclose(loss, 2.0, rtol=1e-5)
+    dtypes = jnp.int8, jnp.uint8, jnp.int16, jnp.int32, jnp.uint32
+
+    @jax.jit
+    def losses(*labels):
+        return [jcl.center_loss(table, table[:5] + 1, each) for each in labels]
+
+    np.testing.assert_allclose(losses(*(jnp.arange(5, dtype=t) for t in dtypes)), [2.0] * 5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -175,7 +194,7 @@ def test_half_precision_is_summed_in_float32(rng, dtype):
     centers = jnp.asarray(rng.normal(size=(C, 256)), jnp.float32)
     x = jnp.asarray(1000 * rng.normal(size=(N, 256)) / 16, dtype)
     labels = rng.integers(0, C, N)
-    value, grad = jax.value_and_grad(jcl.center_loss, 1)(centers, x, labels)
+    value, grad = jax.jit(jax.value_and_grad(jcl.center_loss, 1))(centers, x, labels)
     rounded = np.asarray(x.astype(jnp.float32))
     expected = squared({"centers": np.asarray(centers)}, rounded, labels).mean()
     assert value.dtype == jnp.float32
@@ -194,22 +213,21 @@ def test_distance_map_is_the_direct_distance_far_from_the_origin(rng):
     np.testing.assert_allclose(distances, (difference**2).sum(-1), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("stray", [1e18, np.nan, np.inf])
-def test_a_stray_center_spoils_no_other_column(data, stray):
+def test_a_stray_center_spoils_no_other_column(data):
     params, x, labels = data
     clean = np.asarray(jcl.distance_map(params, x))
-    centers = params["centers"].copy()
-    centers[2] = stray
-    others = np.arange(C) != 2
-    np.testing.assert_allclose(
-        jcl.distance_map(centers, x)[:, others], clean[:, others], rtol=1e-4, atol=1e-5
-    )
-    nearest = jcl.nearest_center(centers, x)
-    np.testing.assert_array_equal(nearest, np.flatnonzero(others)[clean[:, others].argmin(-1)])
-    keep = labels != 2
-    np.testing.assert_allclose(
-        jcl.center_loss(centers, x, labels, where=keep), squared(params, x, labels)[keep].mean(), rtol=1e-6
-    )
+    others, keep = np.arange(C) != 2, labels != 2
+
+    @jax.jit
+    def run(centers):
+        loss = jcl.center_loss(centers, x, labels, where=keep)
+        return jcl.distance_map(centers, x), jcl.nearest_center(centers, x), loss
+
+    for stray in (1e18, np.nan, np.inf):
+        distances, nearest, loss = run(np.where(others[:, None], params["centers"], np.float32(stray)))
+        np.testing.assert_allclose(distances[:, others], clean[:, others], rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(nearest, np.flatnonzero(others)[clean[:, others].argmin(-1)])
+        np.testing.assert_allclose(loss, squared(params, x, labels)[keep].mean(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("unseen", [1, 10])
@@ -244,12 +262,16 @@ def test_nearest_center_is_the_argmin(rng, num_classes):
     np.testing.assert_array_equal(jcl.nearest_center(centers, x), (difference**2).sum(-1).argmin(-1))
 
 
-@pytest.mark.few(3)
 @pytest.mark.usefixtures("for_its_platform")
-@pytest.mark.parametrize("function", [jcl.nearest_center, jcl.center_metrics])
 @pytest.mark.parametrize(
-    ("shape", "d", "c", "most"),
-    [((1000, 1000), 16, 1024, 48), ((131_071,), 128, 5000, 48), ((131_072,), 512, 10, 80)],
+    ("function", "shape", "d", "c", "most"),
+    [
+        (jcl.nearest_center, (1000, 1000), 16, 1024, 48),
+        (jcl.center_metrics, (1000, 1000), 16, 1024, 48),
+        (jcl.nearest_center, (131_071,), 128, 5000, 48),
+        # Of few classes a copy of the features is larger than the distances.
+        (jcl.nearest_center, (65_536, 2), 512, 10, 80),
+    ],
 )
 def test_many_samples_take_memory_for_a_block_of_them(function, shape, d, c, most, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)  # For more devices, samples are brought to stripes.
@@ -271,7 +293,7 @@ def test_many_samples_in_blocks(rng, shape):
     np.testing.assert_array_equal(jcl.nearest_center(centers, x), distances.argmin(-1))
     own = np.take_along_axis(distances, labels[..., None], -1)
     np.put_along_axis(distances, labels[..., None], np.inf, -1)
-    gap, by_x = jax.value_and_grad(lambda x: jcl.center_metrics(centers, x, labels)["gap"])(jnp.asarray(x))
+    gap, by_x = jax.jit(jax.value_and_grad(lambda x: jcl.center_metrics(centers, x, labels)["gap"]))(x)
     np.testing.assert_allclose(gap, (distances.min(-1) - own[..., 0]).mean(), rtol=1e-4)
     toward_own, toward_other = ((x - centers[j]) for j in (labels, distances.argmin(-1)))
     slope = toward_other / distances.min(-1)[..., None] - toward_own / own

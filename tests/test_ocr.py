@@ -33,18 +33,27 @@ def drawings(folder):
     return _omniglot.load(folder, "images_evaluation", ocr.SIDE)
 
 
-def arguments(tmp_path, *flags):
-    small = {"characters": 6, "length": 4, "width": 64, "test-lines": 64, "mean-lines": 64, "variants": 2}
-    small |= {"batch-size": 16, "feat-dim": 16, "seeds": 1}
-    given = [word for name, value in small.items() for word in (f"--{name}", str(value))]
-    return [*given, "--out", str(tmp_path), *flags]
+SMALL = "--characters 6 --length 4 --width 64 --test-lines 64 --mean-lines 64 --variants 2 --batch-size 16"
+
+
+def arguments(out, *flags):
+    return [*SMALL.split(), "--feat-dim", "16", "--seeds", "1", "--out", str(out), *flags]
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory):
+    return ocr.parse_args(arguments(tmp_path_factory.mktemp("out")))
+
+
+@pytest.fixture(scope="module")
+def text(args, drawings):
+    return ocr.prepare(args, drawings)
 
 
 @pytest.mark.slow
 def test_learns_and_compares(folder, tmp_path, capsys):
-    flags = arguments(
-        tmp_path, "--data", str(folder), "--steps", "300", "--more-steps", "20", "--sequence", "conv"
-    )
+    more = ["--steps", "300", "--more-steps", "20", "--sequence", "conv"]
+    flags = arguments(tmp_path, "--data", str(folder), *more)
     if REAL:
         flags = ["--data", str(Path(REAL) / "omniglot"), "--quick", "--out", str(tmp_path)]
     results = ocr.main([*flags, "--lam", "0.5"])
@@ -69,7 +78,7 @@ def test_learns_and_compares(folder, tmp_path, capsys):
     assert "±" not in printed
 
 
-def test_lambda_is_chosen_on_characters_that_are_not_compared(folder, tmp_path, monkeypatch, capsys):
+def test_lambda_is_chosen_on_characters_that_are_not_compared(folder, args, tmp_path, monkeypatch, capsys):
     seen = []
 
     def run(args, text, seed, arms, bar):
@@ -91,7 +100,7 @@ def test_lambda_is_chosen_on_characters_that_are_not_compared(folder, tmp_path, 
     assert arms == [("ctc", 0.0), ("fixed", 0.2), ("moved", 0.2), ("norm", 0.2)]
     names = {"images_evaluation": chosen_on, "images_background": compared}
     for name, text in names.items():
-        again = ocr.prepare(ocr.parse_args(arguments(tmp_path)), _omniglot.load(folder, name, ocr.SIDE))
+        again = ocr.prepare(args, _omniglot.load(folder, name, ocr.SIDE))
         np.testing.assert_array_equal(text.test.images, again.test.images)
     assert "Chosen: λ = 0.2 for centers fixed at the means" in capsys.readouterr().out
 
@@ -118,8 +127,7 @@ def test_lines_hold_the_characters_they_name(drawings):
         assert not np.any(image[:, _lines.FRAME * frames :])
 
 
-def test_lines_are_of_the_writers_asked_for(drawings, tmp_path):
-    args = ocr.parse_args(arguments(tmp_path))
+def test_lines_are_of_the_writers_asked_for(drawings, args):
     # The drawings of writers above 14 are made blank. So then are test lines, and no glyph for training.
     blank = np.where(drawings.writers[:, None, None] > ocr.TRAIN_WRITERS, np.uint8(0), drawings.images)
     text = ocr.prepare(args, dataclasses.replace(drawings, images=blank))
@@ -133,9 +141,7 @@ def test_lines_are_of_the_writers_asked_for(drawings, tmp_path):
     assert text.test.labels.max() == args.characters
 
 
-def test_lines_of_one_seed_are_the_same(drawings, tmp_path):
-    args = ocr.parse_args(arguments(tmp_path))
-    text = ocr.prepare(args, drawings)
+def test_lines_of_one_seed_are_the_same(args, text):
     first, again, other = (next(ocr.make_lines(args, text, 1, seed)) for seed in ((0, 1), (0, 1), (1, 1)))
     # NumPy's generator of (1, 0) is that of 1: no lines for judging are those of a training.
     streams = [(seed, stage) for seed in range(5) for stage in (0, 1)] + [ocr.MEAN_LINES, ocr.TEST_LINES]
@@ -155,15 +161,12 @@ def test_frames_are_masked_where_they_have_no_character():
 
 
 @pytest.mark.slow
-def test_what_stands_in_the_padding_changes_nothing(drawings, tmp_path):
-    args = ocr.parse_args(arguments(tmp_path))
-    text = ocr.prepare(args, drawings)
+def test_what_stands_in_the_padding_changes_nothing(text):
     model = ocr.Reader(6, "lstm", 16, rngs=nnx.Rngs(0))
     model.eval()
-    lines = text.test
-    short = np.flatnonzero(lines.frames < 10)[:4]
+    short = np.flatnonzero(text.test.frames < 10)[:4]
     assert len(short) == 4
-    images, frames = lines.images[short].copy(), lines.frames[short]
+    images, frames = text.test.images[short].copy(), text.test.frames[short]
     x, _ = ocr.read_frames(model, images, frames)
     # Beyond what the convolutions see from the last frame.
     for image, n in zip(images, frames, strict=True):
@@ -173,34 +176,32 @@ def test_what_stands_in_the_padding_changes_nothing(drawings, tmp_path):
     np.testing.assert_allclose(np.asarray(x)[inside], np.asarray(y)[inside], atol=1e-6)
 
 
-@pytest.fixture
-def step(drawings, tmp_path):
-    """What a step makes of the centers and of the parameters of one and the same network."""
-    text = ocr.prepare(ocr.parse_args(arguments(tmp_path)), drawings)
-    lines = next(ocr.make_lines(ocr.parse_args(arguments(tmp_path)), text, 1, (0, 0)))
+@pytest.mark.slow
+def test_the_arms_differ_in_nothing_but_their_centers(args, text):
+    centers = np.random.default_rng(0).normal(size=(7, 16)).astype(np.float32)
+    lines = next(ocr.make_lines(args, text, 1, (0, 0)))
     tx = ocr.make_optimizer("fall", 0.01, 10, 0.0)
 
-    def run(lam, alpha, centers, known=None, blanks=False):
+    def step(lam, alpha, *, known=True, blanks=False):
+        """What a step makes of the centers and of the last layer of the same network, and its loss."""
         model = ocr.Reader(6, "lstm", 16, rngs=nnx.Rngs(0))
         model.center_loss.centers = centers
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-        known = np.ones(7, bool) if known is None else known
-        batch = lines.images, lines.frames, lines.labels
-        ctc = ocr.train_step(
-            model, optimizer, *batch, np.float32(lam), np.float32(alpha), known, blanks=blanks
+        given = (
+            lines.images,
+            lines.frames,
+            lines.labels,
+            np.float32(lam),
+            np.float32(alpha),
+            np.full(7, known),
         )
+        ctc = ocr.train_step(model, optimizer, *given, blanks=blanks)
         (table,) = jax.tree.leaves(nnx.state(model.center_loss))
         return np.asarray(table), np.asarray(model.head.kernel[...]), float(ctc)
 
-    return run
-
-
-@pytest.mark.slow
-def test_the_arms_differ_in_nothing_but_their_centers(step):
-    centers = np.random.default_rng(0).normal(size=(7, 16)).astype(np.float32)
-    plain, untouched, ctc = step(0.0, 0.0, centers)
-    fixed, pulled, _ = step(0.5, 0.0, centers)
-    moved, as_well, same = step(0.5, 0.5, centers)
+    plain, untouched, ctc = step(0.0, 0.0)
+    fixed, pulled, _ = step(0.5, 0.0)
+    moved, as_well, same = step(0.5, 0.5)
     np.testing.assert_array_equal(plain, centers)
     np.testing.assert_array_equal(fixed, centers)
     assert same == ctc  # The CTC loss alone is what is reported, before the step.
@@ -210,23 +211,16 @@ def test_the_arms_differ_in_nothing_but_their_centers(step):
     changed = np.any(moved != centers, axis=1)
     assert changed[1:].any()
     assert not changed[0]  # That of the blank.
-    blank, *_ = step(0.5, 0.5, centers, blanks=True)
+    blank, *_ = step(0.5, 0.5, blanks=True)
     assert np.any(blank[0] != centers[0])
-
-
-@pytest.mark.slow
-def test_frames_of_classes_without_a_center_pull_nothing(step):
-    centers = np.random.default_rng(0).normal(size=(7, 16)).astype(np.float32)
-    none = np.zeros(7, bool)
-    _, without, _ = step(0.0, 0.5, centers)
-    table, masked, _ = step(0.5, 0.5, centers, known=none)
+    # Frames of classes without a center pull nothing.
+    table, masked, _ = step(0.5, 0.5, known=False)
     np.testing.assert_array_equal(table, centers)
-    np.testing.assert_array_equal(masked, without)
+    np.testing.assert_array_equal(masked, step(0.0, 0.5)[1])
 
 
 @pytest.mark.slow
-def test_the_padding_of_a_line_is_none_of_ctcs_business(drawings, tmp_path):
-    text = ocr.prepare(ocr.parse_args(arguments(tmp_path)), drawings)
+def test_the_padding_of_a_line_is_none_of_ctcs_business(text):
     frames, labels = text.test.frames[:8], text.test.labels[:8]
     logits = np.random.default_rng(0).normal(size=(8, 16, 7)).astype(np.float32)
     padding = 1.0 - ocr.within(frames, 16)
@@ -239,8 +233,8 @@ def test_the_padding_of_a_line_is_none_of_ctcs_business(drawings, tmp_path):
 
 def test_a_class_without_a_mean_is_nobodys_nearest(monkeypatch):
     # Of six characters two are read, 1 at (10, 0, ...) and 2 at (10, 3, ...); the other centers are at 0.
-    lines = _lines.Lines(np.zeros((2, 24, 24)), np.array([6, 6]), np.array([[1, 2], [2, 0]]))
-    reading = reading_of([[0, 1, 0, 2, 0, 0], [0, 2, 2, 0, 0, 0]], lines)
+    frames = [[0, 1, 0, 2, 0, 0], [0, 2, 2, 0, 0, 0]]
+    lines, reading = lines_and_reading([[1, 2], [2, 0]], frames)
     reading.features[:] = 0
     reading.features[reading.labels > 0, 0] = 10
     reading.features[reading.labels == 2, 1] = 3
@@ -259,20 +253,24 @@ def test_reading_merges_repeats_and_drops_blanks():
     assert ocr.text_of(np.array([0, 0])) == []
 
 
-def reading_of(frames, lines, feat_dim=4):
-    """A reading with these labels of frames, whose features are their label on every axis."""
-    labels = np.asarray(frames)
-    texts = [ocr.text_of(line[line >= 0]) for line in labels]
-    right = np.asarray([text == ocr.truth(line) for text, line in zip(texts, lines.labels, strict=True)])
-    features = np.repeat(labels[..., None], feat_dim, axis=-1).astype(np.float32)
-    return ocr.Reading(features, labels, texts, right)
+def lines_and_reading(characters, frames):
+    """Lines of these characters, and a reading with these labels of frames; -1 is behind the end of a line.
+
+    The features of a frame are its label on each of four axes.
+    """
+    characters, frames = np.asarray(characters), np.asarray(frames)
+    lengths = np.count_nonzero(frames >= 0, axis=1)
+    lines = _lines.Lines(np.zeros((len(frames), 24, 4 * frames.shape[1])), lengths, characters)
+    texts = [ocr.text_of(line[line >= 0]) for line in frames]
+    right = np.asarray([text == ocr.truth(line) for text, line in zip(texts, characters, strict=True)])
+    features = np.repeat(frames[..., None], 4, axis=-1).astype(np.float32)
+    return lines, ocr.Reading(features, frames, texts, right)
 
 
 def test_what_is_missed_and_the_hardest_quarter():
-    labels = np.array([[1, 2, 0], [2, 2, 4], [3, 0, 0]])
-    lines = _lines.Lines(np.zeros((3, 24, 24)), np.array([6, 6, 4]), labels)
     # 2 is read as 3, then once left out; 4 is read rightly; 1 is written before the 3, where none stands.
-    reading = reading_of([[0, 1, 1, 0, 3, 0], [0, 2, 2, 0, 4, 0], [1, 0, 3, 0, -1, -1]], lines)
+    frames = [[0, 1, 1, 0, 3, 0], [0, 2, 2, 0, 4, 0], [1, 0, 3, 0, -1, -1]]
+    lines, reading = lines_and_reading([[1, 2, 0], [2, 2, 4], [3, 0, 0]], frames)
     lost, stands = _lines.missed(reading, lines, 5)
     np.testing.assert_array_equal(stands, [0, 1, 3, 1, 1])
     np.testing.assert_array_equal(lost, [0, 0, 2, 0, 0])
@@ -281,10 +279,8 @@ def test_what_is_missed_and_the_hardest_quarter():
 
 
 def test_class_means_are_of_lines_that_are_read_rightly():
-    labels = np.array([[1, 2, 0], [2, 0, 0], [3, 0, 0]])
-    lines = _lines.Lines(np.zeros((3, 24, 24)), np.array([6, 6, 4]), labels)
     frames = [[0, 1, 1, 0, 2, 0], [0, 3, 3, 0, 0, 0], [4, 0, 3, 0, -1, -1]]  # Only the first is right.
-    reading = reading_of(frames, lines)
+    _, reading = lines_and_reading([[1, 2, 0], [2, 0, 0], [3, 0, 0]], frames)
     np.testing.assert_array_equal(reading.right, [True, False, False])
     model = ocr.Reader(4, "conv", 4, rngs=nnx.Rngs(0))
     means, known = ocr.class_means(model, reading, blanks=False)
@@ -295,28 +291,13 @@ def test_class_means_are_of_lines_that_are_read_rightly():
 
 
 def test_the_character_under_a_frame():
-    labels = np.array([[1, 2, 3]])
-    lines = _lines.Lines(np.zeros((1, 24, 32)), np.array([8]), labels)
     # The second character is read as 5, and an extra 4 is read at the end.
-    found = _lines.spoken(reading_of([[0, 1, 1, 5, 0, 3, 4, -1]], lines), lines)
-    np.testing.assert_array_equal(found, [[-1, 1, 1, 2, -1, 3, -1, -1]])
+    lines, reading = lines_and_reading([[1, 2, 3]], [[0, 1, 1, 5, 0, 3, 4, -1]])
+    np.testing.assert_array_equal(_lines.spoken(reading, lines), [[-1, 1, 1, 2, -1, 3, -1, -1]])
 
 
-def test_what_does_not_fit_is_said_in_a_sentence(drawings, folder, tmp_path, capsys):
-    def stops(*flags):
-        with pytest.raises(SystemExit) as stopped:
-            ocr.main(arguments(tmp_path, *flags))
-        return f"{stopped.value.code}{capsys.readouterr().err}"
-
-    assert "There are 6 characters, --characters asks for 9" in stops(
-        "--data", str(folder), "--characters", "9"
-    )
-    assert "9 characters may need 17 frames, and --width 64 makes 16" in stops("--length", "9")
-    assert "There is no images_background*.zip" in stops("--data", str(tmp_path))
-    assert "needs --select" in stops("--only-select")
-    assert "need an even number" in stops("--feat-dim", "15")
-    (tmp_path / "images_background.zip").write_bytes((folder / "images_background.zip").read_bytes()[:2000])
-    assert "is not an archive" in stops("--data", str(tmp_path))
-    few = drawings.part(drawings.writers <= ocr.TRAIN_WRITERS)
+def test_drawings_that_are_too_few_are_refused(drawings, args):
+    with pytest.raises(SystemExit, match="There are 5 characters, --characters asks for 6"):
+        ocr.prepare(args, drawings.part(drawings.labels < 5))
     with pytest.raises(SystemExit, match="has no drawing by the drawers above 14"):
-        ocr.prepare(ocr.parse_args(arguments(tmp_path)), few)
+        ocr.prepare(args, drawings.part(drawings.writers <= ocr.TRAIN_WRITERS))

@@ -153,17 +153,15 @@ def test_no_samples_draw_an_empty_plane():
         ((CENTERS, X, LABELS.astype(float)), TypeError, "labels must be integers"),
         ((CENTERS, X, LABELS + 3), ValueError, "label 4 is out of range for 4 classes"),
         ((CENTERS, X[:3], LABELS), ValueError, "leading dimensions"),
+        ((CENTERS, X, LABELS, CENTERS[:2]), ValueError, "previous"),
     ],
+    ids=["three dimensions", "labels of floats", "label out of range", "too few samples", "former centers"],
 )
 def test_refuses(arguments, error, message):
+    centers, x, labels, *previous = arguments
     with pytest.raises(error, match=message):
-        jcl.plot(*arguments)
+        jcl.plot(centers, x, labels, **dict(zip(["previous"], previous, strict=False)))
     assert not plt.get_fignums()
-
-
-def test_former_centers_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match="previous"):
-        jcl.plot(CENTERS, X, LABELS, previous=CENTERS[:2])
 
 
 def test_under_jit_it_says_what_jax_says():

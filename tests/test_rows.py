@@ -1,5 +1,7 @@
 """Optax by rows, against optax on the dense gradient with the rows of absent classes put back."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import optax
 import pytest
 
 import jax_centerloss as jcl
+from jax_centerloss._checks import RULES
 from jax_centerloss._rows import moves, separability
 
 D = 4
@@ -72,26 +75,18 @@ REFUSED = {
 }
 
 
-def dense_steps(tx, centers, batches):
+def step_with_absent_rows_frozen(tx, params, state, x, labels):
     """Optax on the whole table; then what belongs to classes that are not in the batch is put back."""
+    grads = jax.grad(jcl.center_loss)(params, x, labels)
+    updates, moved_state = tx.update(grads, state, params)
+    moved = optax.apply_updates(params, updates)
+    (centers,) = jax.tree.leaves(params)
+    here = jnp.any(labels[None, :] == jnp.arange(len(centers))[:, None], axis=1)[:, None]
 
-    @jax.jit
-    def step(params, state, x, labels):
-        grads = jax.grad(lambda p: jcl.center_loss(p, x, labels))(params)
-        updates, moved_state = tx.update(grads, state, params)
-        moved = optax.apply_updates(params, updates)
-        here = jnp.any(labels[None, :] == jnp.arange(len(centers))[:, None], axis=1)[:, None]
+    def freeze(new, old):
+        return jnp.where(here, new, old) if jnp.shape(new) == centers.shape else new
 
-        def freeze(new, old):
-            return jnp.where(here, new, old) if jnp.shape(new) == centers.shape else new
-
-        return jax.tree.map(freeze, moved, params), jax.tree.map(freeze, moved_state, state)
-
-    params = {"centers": jnp.asarray(centers)}
-    state = tx.init(params)
-    for x, labels in batches:
-        params, state = step(params, state, x, labels)
-        yield params, state
+    return jax.tree.map(freeze, moved, params), jax.tree.map(freeze, moved_state, state)
 
 
 def batches(rng, classes, num, steps, *, every):
@@ -122,19 +117,21 @@ def test_equals_the_dense_optimizer_with_absent_rows_frozen(rng, name, kind, mon
     if kind == "blocks":  # Of seven classes, as a large batch has blocks of many.
         monkeypatch.setattr(moves, "_BLOCK_ENTRIES", 7 * D)
     tx, (classes, num, every) = ACCEPTED[name], BATCHES[kind]
-    centers = rng.normal(size=(classes, D)).astype(np.float32)
-    data = list(batches(rng, classes, num, 5, every=every))
     rows = jcl.row_optimizer(tx)
-    params = {"centers": jnp.asarray(centers)}
-    state = rows.init(params)
-    step = jax.jit(rows.update)
-    for (x, labels), (want_params, want_state) in zip(data, dense_steps(tx, centers, data), strict=True):
-        params, state = step(params, state, x, labels)
-        half = "bfloat16" in {str(jnp.asarray(leaf).dtype) for leaf in jax.tree.leaves(state)}
-        # A moment rounded to 8 bits may round the other way.
-        tolerance = {"rtol": 2e-2, "atol": 1e-3} if half else {"rtol": 1e-4, "atol": 1e-6}
-        chex.assert_trees_all_equal_shapes_and_dtypes((params, state), (want_params, want_state))
-        chex.assert_trees_all_close((params, state), (want_params, want_state), **tolerance)
+    params = {"centers": rng.normal(size=(classes, D)).astype(np.float32)}
+    ours, dense = (params, rows.init(params)), (params, tx.init(params))
+
+    @jax.jit
+    def step(ours, dense, x, labels):
+        return rows.update(*ours, x, labels), step_with_absent_rows_frozen(tx, *dense, x, labels)
+
+    half = "bfloat16" in {str(leaf.dtype) for leaf in jax.tree.leaves(ours)}
+    # A moment rounded to 8 bits may round the other way.
+    tolerance = {"rtol": 2e-2, "atol": 1e-3} if half else {"rtol": 1e-4, "atol": 1e-6}
+    for x, labels in batches(rng, classes, num, 5, every=every):
+        ours, dense = step(ours, dense, x, labels)
+        chex.assert_trees_all_equal_shapes_and_dtypes(ours, dense)
+        chex.assert_trees_all_close(ours, dense, **tolerance)
 
 
 TOGETHER = {
@@ -147,9 +144,12 @@ TOGETHER = {
 }
 
 
+def test_adamw_is_taken_in_parts():
+    assert separability.find_separability(optax.adamw(0.1)) == (None, True)
+
+
 @pytest.mark.parametrize("make", TOGETHER.values(), ids=TOGETHER)
 def test_what_looks_at_all_rows_of_the_batch_is_not_taken_in_parts(make):
-    assert separability.find_separability(optax.adamw(0.1)) == (None, True)
     assert separability.find_separability(make()) == (None, False)
 
 
@@ -158,10 +158,10 @@ def test_a_state_of_python_numbers(rng):
         return jax.tree.map(lambda g: -0.5 * g, grads), {"steps": state["steps"] + 1}
 
     rows = jcl.row_optimizer(optax.GradientTransformation(lambda params: {"steps": 0}, update))
-    centers, x = jnp.zeros((3, 2)), rng.normal(size=(2, 2)).astype(np.float32)
+    centers, x = np.zeros((3, 2), np.float32), rng.normal(size=(2, 2)).astype(np.float32)
     moved, state = rows.update(centers, rows.init(centers), x, [0, 2])
-    want = jcl.update_centers(centers, x, [0, 2], alpha=0.5, rule="gradient")
-    np.testing.assert_allclose(moved, want, rtol=1e-6)
+    # The gradient of a row is -2 / N times its difference, and N is 2.
+    np.testing.assert_allclose(moved, [x[0] / 2, [0, 0], x[1] / 2], rtol=1e-6)
     assert state["steps"] == 1
 
 
@@ -176,19 +176,20 @@ def test_what_is_no_transformation_is_refused():
         jcl.row_optimizer(0.5)
 
 
-@pytest.mark.parametrize("other", ["more classes", "other features", "other optimizer", "none", "swapped"])
-def test_a_state_of_something_else_is_refused(other):
+def test_a_state_of_something_else_is_refused():
     rows = jcl.row_optimizer(optax.adam(0.1))
-    centers = jnp.zeros((3, 2))
-    state = {
-        "more classes": lambda: rows.init(jnp.zeros((4, 2))),
-        "other features": lambda: rows.init(jnp.zeros((3, 1))),
-        "other optimizer": lambda: jcl.row_optimizer(optax.sgd(0.1, momentum=0.9)).init(centers),
-        "none": lambda: None,
-        "swapped": lambda: centers,
-    }[other]()
-    with pytest.raises(ValueError, match=r"state does not belong to this .* and centers \(3, 2\): expected"):
-        rows.update(centers, state, jnp.ones((1, 2)), jnp.array([0]))
+    centers = np.zeros((3, 2), np.float32)
+    states = {
+        "more classes": rows.init(jnp.zeros((4, 2))),
+        "other features": rows.init(jnp.zeros((3, 1))),
+        "other optimizer": jcl.row_optimizer(optax.sgd(0.5, momentum=0.9)).init(centers),
+        "none": None,
+        "swapped": centers,
+    }
+    words = r"state does not belong to this .* and centers \(3, 2\): expected"
+    for state in states.values():
+        with pytest.raises(ValueError, match=words):
+            rows.update(centers, state, np.ones((1, 2), np.float32), [0])
 
 
 def test_a_row_optimizer_is_no_optax_transformation():
@@ -200,11 +201,15 @@ def test_a_row_optimizer_is_no_optax_transformation():
 
 
 def test_a_state_that_holds_the_centers_can_be_donated_with_them():
-    rows = jcl.row_optimizer(optax.contrib.cocob())
+    def update(updates, start, params):
+        """A pull towards where a row was at first, as that of COCOB."""
+        return jax.tree.map(lambda g, p, s: -0.1 * g + (s - p), updates, params, start), start
+
+    rows = jcl.row_optimizer(optax.GradientTransformation(lambda params: params, update))
     centers = jnp.zeros((3, 2))
     step = jax.jit(rows.update, donate_argnums=(0, 1))
-    moved, _ = step(centers, rows.init(centers), jnp.ones((1, 2)), jnp.array([1]))
-    assert np.flatnonzero(np.any(moved, axis=1)).tolist() == [1]
+    moved, _ = step(centers, rows.init(centers), np.ones((1, 2), np.float32), np.array([1]))
+    np.testing.assert_allclose(moved, [[0, 0], [0.2, 0.2], [0, 0]], rtol=1e-6)
 
 
 def test_construction_under_jit_and_with_strict_promotion(rng):
@@ -214,11 +219,11 @@ def test_construction_under_jit_and_with_strict_promotion(rng):
     def step(centers):
         with jax.numpy_dtype_promotion("strict"):
             rows = jcl.row_optimizer(optax.sgd(0.5, momentum=0.9))
-        return rows.update(centers, rows.init(centers), x, labels)[0]
+        want = jcl.update_centers(centers, x, labels, alpha=0.5, rule="gradient")
+        return rows.update(centers, rows.init(centers), x, labels)[0], want
 
-    centers = rng.normal(size=(4, D)).astype(np.float32)
-    want = jcl.update_centers(centers, x, labels, alpha=0.5, rule="gradient")
-    np.testing.assert_allclose(step(centers), want, rtol=1e-6)
+    moved, want = step(rng.normal(size=(4, D)).astype(np.float32))
+    np.testing.assert_allclose(moved, want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("classes", [6, 5000])
@@ -228,10 +233,10 @@ def test_the_papers_layer_with_momentum_by_hand(rng, classes):
     centers = rng.normal(size=(classes, D)).astype(np.float32)
     want, velocity = centers.astype(np.float64), np.zeros((classes, D))
     rows = jcl.row_optimizer(optax.sgd(alpha, momentum=momentum))
-    params = jnp.asarray(centers)
-    state = rows.init(params)
+    params, state = centers, rows.init(centers)
+    step = jax.jit(partial(rows.update, rule="paper"))
     for x, labels in batches(rng, 6, 20, 6, every=False):
-        params, state = rows.update(params, state, x, labels, rule="paper")
+        params, state = step(params, state, x, labels)
         for j in np.unique(labels[labels >= 0]):
             mine = x[labels == j].astype(np.float64)
             velocity[j] = momentum * velocity[j] + (want[j] - mine).sum(0) / (1 + len(mine))
@@ -243,41 +248,50 @@ def test_the_stateless_case_is_update_centers(rng):
     centers = rng.normal(size=(50, D)).astype(np.float32)
     x, labels, where = rng.normal(size=(3, 8, D)), rng.integers(-1, 50, (3, 8)), rng.random((3, 8)) < 0.7
     x = x.astype(np.float32)
-    for rule in ("paper", "gradient"):
-        rows = jcl.row_optimizer(optax.sgd(0.3))
-        moved, _ = rows.update(centers, rows.init(centers), x, labels, rule=rule, where=where)
-        want = jcl.update_centers(centers, x, labels, alpha=0.3, rule=rule, where=where)
+    rows = jcl.row_optimizer(optax.sgd(0.5))
+
+    @jax.jit
+    def run():
+        return [
+            (
+                rows.update(centers, rows.init(centers), x, labels, rule=rule, where=where)[0],
+                jcl.update_centers(centers, x, labels, alpha=0.5, rule=rule, where=where),
+            )
+            for rule in RULES
+        ]
+
+    for moved, want in run():
         # Sums of steps, or the steps one by one: a rounding of the center for each sample of a class.
         np.testing.assert_allclose(moved, want, rtol=1e-6, atol=4 * 2.0**-24)
 
 
-def test_bfloat16_centers_are_moved_in_float32(rng):
+def test_bfloat16_centers_are_moved_in_float32():
     # 64 pulls of a half each: summed or added in bfloat16, most of them would be lost.
-    centers = jnp.full((3, D), 1.0, jnp.bfloat16)
+    centers = np.full((3, D), 1.0, jnp.bfloat16)
     rows = jcl.row_optimizer(optax.sgd(1.0))
-    x = jnp.full((64, D), 1.5)
-    moved, _ = rows.update(centers, rows.init(centers), x, jnp.zeros(64, jnp.int32), rule="paper")
+    x = np.full((64, D), 1.5, np.float32)
+    moved, _ = rows.update(centers, rows.init(centers), x, np.zeros(64, np.int32), rule="paper")
     assert moved.dtype == jnp.bfloat16
-    want = jnp.asarray(1 + 0.5 * 64 / 65, jnp.bfloat16)
-    np.testing.assert_array_equal(moved[0].astype(jnp.float32), np.full(D, want, np.float32))
+    want = np.array(1 + 0.5 * 64 / 65, jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(moved)[0], np.full(D, want))
 
 
 def test_injected_rates_can_be_changed(rng):
     rows = jcl.row_optimizer(optax.inject_hyperparams(optax.sgd)(learning_rate=0.5))
-    centers = jnp.zeros((3, 1))
+    centers = np.zeros((3, 1), np.float32)
     state = rows.init(centers)
-    state.hyperparams["learning_rate"] = jnp.asarray(0.25)
-    moved, _ = rows.update(centers, state, jnp.ones((1, 1)), jnp.array([1]))
-    np.testing.assert_allclose(moved[:, 0], [0, 2 * 0.25, 0])
+    state.hyperparams["learning_rate"] = np.float32(0.25)
+    moved, _ = rows.update(centers, state, np.ones((1, 1), np.float32), np.array([1]))
+    np.testing.assert_allclose(moved, [[0], [2 * 0.25], [0]])
 
 
 def test_bad_batches_raise_as_everywhere():
     rows = jcl.row_optimizer(optax.sgd(0.5))
-    centers = jnp.zeros((3, 2))
+    centers = np.zeros((3, 2), np.float32)
     with pytest.raises(ValueError, match="label 3 is out of range for 3 classes"):
-        rows.update(centers, rows.init(centers), jnp.ones((1, 2)), jnp.array([3]))
+        rows.update(centers, rows.init(centers), centers[:1], [3])
     with pytest.raises(ValueError, match="rule must be one of"):
-        rows.update(centers, rows.init(centers), jnp.ones((1, 2)), jnp.array([1]), rule="newton")
+        rows.update(centers, rows.init(centers), centers[:1], [1], rule="newton")
 
 
 def test_a_traced_rate_is_named():
@@ -291,23 +305,23 @@ def test_a_traced_rate_is_named():
     "tx", [optax.apply_if_finite(optax.adam(0.1), 3), optax.novograd(0.1), optax.adamw(0.1)]
 )
 def test_half_precision_centers_with_a_state_in_float32(rng, dtype, tx):
-    centers = rng.normal(size=(20, D)).astype(dtype)
     rows = jcl.row_optimizer(tx)
-    data = list(batches(rng, 20, 12, 3, every=False))
-    params, state = jnp.asarray(centers), rows.init(centers)
-    step = jax.jit(rows.update)
-    for x, labels in data:
-        params, state = step(params, state, x, labels)
+    centers = rng.normal(size=(20, D)).astype(dtype)
+    wide = centers.astype(np.float32)
+    ours, dense = (centers, rows.init(centers)), (wide, tx.init(wide))
+
+    @jax.jit
+    def step(ours, dense, x, labels):
+        return rows.update(*ours, x, labels), step_with_absent_rows_frozen(tx, *dense, x, labels)
+
+    for x, labels in batches(rng, 20, 12, 3, every=False):
+        ours, dense = step(ours, dense, x, labels)
+    params, state = ours
     assert params.dtype == dtype
-    assert not {leaf.dtype for leaf in jax.tree.leaves(state)} & {
-        jnp.dtype(jnp.bfloat16),
-        jnp.dtype(jnp.float16),
-    }
-    *_, (want, _) = dense_steps(tx, centers.astype(np.float32), data)
+    assert not {leaf.dtype.name for leaf in jax.tree.leaves(state)} & {"bfloat16", "float16"}
     # Each of the three steps rounds the center once.
-    np.testing.assert_allclose(
-        np.asarray(params, np.float32), want["centers"], atol=3 * float(jnp.finfo(dtype).eps), rtol=1e-2
-    )
+    atol = 3 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.float32(params), dense[0], atol=atol, rtol=1e-2)
 
 
 def test_a_state_that_was_restored_as_numpy():
@@ -328,6 +342,6 @@ def test_a_key_in_the_state_is_no_obstacle():
         return jax.tree.map(lambda g: -0.1 * g, updates), jax.random.split(state, 1)[0]
 
     rows = jcl.row_optimizer(optax.GradientTransformation(init, update))
-    params, x, labels = jnp.zeros((4, 2)), jnp.ones((1, 2)), jnp.array([1])
+    params, x, labels = np.zeros((4, 2), np.float32), np.ones((1, 2), np.float32), np.array([1])
     moved, _ = rows.update(params, rows.init(params), x, labels)
     np.testing.assert_allclose(moved, [[0, 0], [0.2, 0.2], [0, 0], [0, 0]], rtol=1e-6)

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 import jax_centerloss as jcl
 
+pytestmark = pytest.mark.usefixtures("as_jax_promotes")  # Flax and optax need it.
+
 C, D, N = 64, 8, 32
 SPEC = P(("data", "classes"), None)
 
@@ -24,32 +26,30 @@ def mesh(request):
     return jax.make_mesh((2, 4), ("data", "classes"), axis_types=(getattr(AxisType, request.param),) * 2)
 
 
-@pytest.fixture(autouse=True)
-def promotion():
-    with jax.numpy_dtype_promotion("standard"):  # Flax and optax need it.
-        yield
-
-
 def assert_sharded(centers, mesh):
     assert centers.sharding.is_equivalent_to(NamedSharding(mesh, SPEC), 2)
     assert {shard.data.shape for shard in centers.addressable_shards} == {(C // 8, D)}
 
 
-@pytest.mark.few(4)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.few(3)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("by", ["sharding", "spec"])
-def test_born_in_shards_with_the_numbers_of_the_whole(mesh, by, jit, dtype):
-    want = jcl.init_centers(jax.random.key(0), C, D, dtype=dtype)["centers"]
+def test_born_in_shards_with_the_numbers_of_the_whole(mesh, by, jit):
+    def init(key, out_sharding=None):
+        return [
+            jcl.init_centers(key, C, D, dtype=dtype, out_sharding=out_sharding)["centers"]
+            for dtype in (jnp.float32, jnp.bfloat16)
+        ]
 
-    def init(key):
-        out_sharding = SPEC if by == "spec" else NamedSharding(mesh, SPEC)
-        return jcl.init_centers(key, C, D, dtype=dtype, out_sharding=out_sharding)["centers"]
-
+    key = jax.random.key(0)
+    whole = jax.jit(init)(key)
+    sharded = partial(init, out_sharding=SPEC if by == "spec" else NamedSharding(mesh, SPEC))
     with jax.set_mesh(mesh) if by == "spec" else contextlib.nullcontext():
-        centers = (jax.jit(init) if jit else init)(jax.random.key(0))
-    assert_sharded(centers, mesh)
-    np.testing.assert_array_equal(centers, want)
+        tables = (jax.jit(sharded) if jit else sharded)(key)
+    for centers, want in zip(tables, whole, strict=True):
+        assert_sharded(centers, mesh)
+        assert centers.dtype == want.dtype
+        np.testing.assert_array_equal(centers, want)
 
 
 def test_no_device_holds_more_than_its_share_of_the_work(mesh):
@@ -64,34 +64,29 @@ def test_no_device_holds_more_than_its_share_of_the_work(mesh):
 
 def test_what_does_not_fit_is_refused(mesh):
     init = partial(jcl.init_centers, jax.random.key(0))
-    with pytest.raises(
-        ValueError, match=r"num_classes=1001 is not divisible by the 8 shards.*Round it up to 1008"
-    ):
-        init(1001, D, out_sharding=NamedSharding(mesh, SPEC))
-    with pytest.raises(ValueError, match=r"feat_dim=7 is not divisible by the 2 shards.*Round it up to 8"):
-        init(C, 7, out_sharding=NamedSharding(mesh, P(None, "data")))
-    with pytest.raises(ValueError, match=r"needs a mesh: make the centers under `jax.set_mesh"):
-        init(C, D, out_sharding=SPEC)
-    with pytest.raises(
-        TypeError,
-        match=r"out_sharding must be a .*PartitionSpec or NamedSharding, or .*Format, got 'classes'",
-    ):
+    on_mesh = partial(NamedSharding, mesh)
+    three = P("classes", None, "data")
+    refused = {
+        r"num_classes=1001 is not divisible by the 8 shards.*Round it up to 1008": (1001, D, on_mesh(SPEC)),
+        r"feat_dim=7 is not divisible by the 2 shards.*Round it up to 8": (C, 7, on_mesh(P(None, "data"))),
+        r"needs a mesh: make the centers under `jax.set_mesh": (C, D, SPEC),
+        r"\('classes', None, 'data'\) has 3 entries, .* two dimensions": (C, D, on_mesh(three)),
+    }
+    for words, (classes, dim, out_sharding) in refused.items():
+        with pytest.raises(ValueError, match=words):
+            init(classes, dim, out_sharding=out_sharding)
+    words = r"out_sharding must be a .*PartitionSpec or NamedSharding, or .*Format, got 'classes'"
+    with pytest.raises(TypeError, match=words):
         init(C, D, out_sharding="classes")
-    with pytest.raises(ValueError, match=r"\('classes', None, 'data'\) has 3 entries, .* two dimensions"):
-        init(C, D, out_sharding=NamedSharding(mesh, P("classes", None, "data")))
-    with (
-        jax.set_mesh(mesh),
-        pytest.raises(ValueError, match=r"names \['rows'\], but the mesh has axes \['data', 'classes'\]"),
-    ):
+    words = r"names \['rows'\], but the mesh has axes \['data', 'classes'\]"
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=words):
         init(C, D, out_sharding=P("rows", None))
 
 
 def batch(mesh=None):
     rng = np.random.default_rng(0)
     arrays = rng.normal(size=(N, D)).astype(np.float32), rng.integers(0, C, N).astype(np.int32)
-    return (
-        arrays if mesh is None else tuple(jax.device_put(a, NamedSharding(mesh, P("data"))) for a in arrays)
-    )
+    return arrays if mesh is None else jax.device_put(arrays, NamedSharding(mesh, P("data")))
 
 
 def nnx_training(mesh, centers_as):
@@ -124,7 +119,7 @@ def nnx_training(mesh, centers_as):
         return loss
 
     losses = [step(model, optimizer, *batch(mesh)) for _ in range(3)]
-    return model.center_loss.centers[...], losses
+    return model.center_loss.centers[...], np.float32(losses)
 
 
 def linen_training(mesh, centers_as):
@@ -157,7 +152,7 @@ def linen_training(mesh, centers_as):
         params, centers, state, loss = step(params, centers, state)
         losses.append(loss)
     held = params if centers_as == "param" else centers
-    return held["CenterLoss_0"]["centers"], losses
+    return held["CenterLoss_0"]["centers"], np.float32(losses)
 
 
 @pytest.mark.few(2)
@@ -168,8 +163,8 @@ def test_modules_train_in_shards_as_on_one_device(train, mesh, centers_as):
     with jax.set_mesh(mesh):
         centers, losses = train(mesh, centers_as)
     assert_sharded(centers, mesh)
-    assert float(losses[2]) < float(losses[0])
-    np.testing.assert_allclose(jnp.stack(losses), jnp.stack(want_losses), rtol=1e-5)
+    assert losses[2] < losses[0]
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
     np.testing.assert_allclose(centers, want_centers, rtol=1e-5, atol=1e-6)
 
 

@@ -1,5 +1,8 @@
 """The same numbers under every JAX transformation, and over the whole batch when it is spread."""
 
+import itertools
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -25,21 +28,37 @@ def loss(c, x, y, w, **options):
     return jcl.center_loss(c, x, y, where=w, **options)
 
 
+def move(c, x, y, w, **options):
+    return jcl.update_centers(c, x, y, where=w, **options)
+
+
+def four(arrays):
+    """A batch as four batches."""
+    return [a.reshape(4, 4, *a.shape[1:]) for a in arrays]
+
+
 def test_jit_is_eager(data):
-    for function in (loss, lambda c, x, y, w: jcl.update_centers(c, x, y, where=w)):
+    for function in (loss, move):
         chex.assert_trees_all_close(jax.jit(function)(*data), function(*data), rtol=1e-6)
 
 
 def test_vmap_is_a_loop(data):
-    c, x, y, w = data
-    split = [a.reshape(4, 4, *a.shape[1:]) for a in (x, y, w)]
-    for function in (loss, lambda c, x, y, w: jcl.update_centers(c, x, y, where=w)):
-        looped = jnp.stack([function(c, *(a[i] for a in split)) for i in range(4)])
-        np.testing.assert_allclose(jax.vmap(function, (None, 0, 0, 0))(c, *split), looped, rtol=1e-5)
-    ensemble = jnp.stack([c, 2 * c])
-    looped = jnp.stack([jax.grad(loss)(table, x, y, w) for table in ensemble])
-    vmapped = jax.vmap(jax.grad(loss), (0, None, None, None))(ensemble, x, y, w)
-    np.testing.assert_allclose(vmapped, looped, rtol=1e-5, atol=1e-6)
+    c, *batch = data
+
+    @jax.jit
+    def run():
+        batches, tables = four(map(jnp.asarray, batch)), jnp.stack([c, 2 * c])
+        one_by_one = zip(*batches, strict=True)
+        looped = [(loss(c, *each), move(c, *each)) for each in one_by_one]
+        vmapped = [jax.vmap(f, (None, 0, 0, 0))(c, *batches) for f in (loss, move)]
+        gradient = jax.grad(loss)
+        gradients = [gradient(table, *batch) for table in tables]
+        return looped, vmapped, gradients, jax.vmap(gradient, (0, None, None, None))(tables, *batch)
+
+    looped, vmapped, gradients, vmapped_gradients = run()
+    for want, got in zip(zip(*looped, strict=True), vmapped, strict=True):
+        np.testing.assert_allclose(got, np.stack(want), rtol=1e-5)
+    np.testing.assert_allclose(vmapped_gradients, np.stack(gradients), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -68,42 +87,43 @@ def test_linearize_and_second_derivatives(data):
 
 def test_vmap_over_an_ensemble_of_centers_by_rule_and_by_rows(data):
     c, x, y, w = data
-    ensemble = jnp.stack([c, 2 * c, -c])
     rows = jcl.row_optimizer(optax.sgd(0.5, momentum=0.9))
 
     def by_rows(c):
         return rows.update(c, rows.init(c), x, y, where=w)
 
-    for function in (lambda c: jcl.update_centers(c, x, y, where=w), by_rows):
-        looped = jax.tree.map(lambda *a: jnp.stack(a), *map(function, ensemble))
-        chex.assert_trees_all_close(jax.vmap(function)(ensemble), looped, rtol=1e-5, atol=1e-6)
-    # More classes than samples: the search for them stands in a loop.
-    wide = jnp.stack([jnp.zeros((500, D)), jnp.ones((500, D))])
-    looped = jnp.stack([jcl.update_centers(table, x, y) for table in wide])
-    vmapped = jax.vmap(lambda c, y: jcl.update_centers(c, x, y), (0, None))(wide, y)
-    np.testing.assert_allclose(vmapped, looped, rtol=1e-5, atol=1e-6)
-    labels = jnp.stack([y, np.roll(y, 1)])
-    looped = jnp.stack([jcl.update_centers(wide[0], x, each) for each in labels])
-    vmapped = jax.vmap(lambda y: jcl.update_centers(wide[0], x, y))(labels)
-    np.testing.assert_allclose(vmapped, looped, rtol=1e-5, atol=1e-6)
+    @jax.jit
+    def run():
+        # With more classes than samples the search for them stands in a loop.
+        wide = jnp.stack([jnp.zeros((500, D)), jnp.ones((500, D))])
+        cases = [
+            (lambda c: move(c, x, y, w), jnp.stack([c, 2 * c, -c])),
+            (by_rows, jnp.stack([c, 2 * c, -c])),
+            (lambda c: jcl.update_centers(c, x, y), wide),
+            (lambda y: jcl.update_centers(wide[0], x, y), jnp.stack([y, jnp.roll(y, 1)])),
+        ]
+        looped = [jax.tree.map(lambda *a: jnp.stack(a), *map(f, stack)) for f, stack in cases]
+        return [jax.vmap(f)(stack) for f, stack in cases], looped
+
+    chex.assert_trees_all_close(*run(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [2.0**-10, 2.0**15])
-def test_a_scaled_loss_has_scaled_gradients(data, scale):
-    grads = jax.grad(loss, (0, 1))(*data)
-    scaled = jax.grad(lambda *a: scale * loss(*a), (0, 1))(*data)
-    chex.assert_trees_all_equal(jax.tree.map(lambda g: g / scale, scaled), grads)  # A power of two: exact.
+def test_a_scaled_loss_has_scaled_gradients_and_micro_batches_add_up(data):
+    c, *batch = data
+    scales = 2.0**-10, 2.0**15  # Powers of two: exact.
 
+    @jax.jit
+    def run():
+        scaled = [jax.grad(lambda *a, s=scale: s * loss(*a), (0, 1))(*data) for scale in scales]
+        gradients = jax.grad(lambda *a: loss(*a, reduce_fn=jnp.sum), (0, 1))
+        parts = [gradients(c, *each) for each in zip(*four(batch), strict=True)]
+        return jax.grad(loss, (0, 1))(*data), scaled, gradients(*data), parts
 
-def test_micro_batches_add_up(data):
-    c, x, y, w = data
-    whole = jax.grad(loss, (0, 1))(c, x, y, w, reduce_fn=jnp.sum)
-    parts = [
-        jax.grad(loss, (0, 1))(c, x[i : i + 4], y[i : i + 4], w[i : i + 4], reduce_fn=jnp.sum)
-        for i in range(0, N, 4)
-    ]
-    added = sum(part[0] for part in parts), jnp.concatenate([part[1] for part in parts])
-    chex.assert_trees_all_close(added, whole, rtol=1e-5, atol=1e-6)
+    grads, scaled, whole, parts = run()
+    for scale, each in zip(scales, scaled, strict=True):
+        chex.assert_trees_all_equal(jax.tree.map(lambda g, s=scale: g / s, each), grads)
+    by_centers, by_x = zip(*parts, strict=True)
+    chex.assert_trees_all_close((sum(by_centers), np.concatenate(by_x)), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_steps_with_donated_arguments_are_traced_once_and_take_them(data):
@@ -130,59 +150,44 @@ def test_steps_with_donated_arguments_are_traced_once_and_take_them(data):
 
 
 def test_scan_and_remat_and_forward_mode(data):
-    c, x, y, w = data
-    grad = jax.grad(loss)(c, x, y, w)
-    np.testing.assert_allclose(jax.grad(jax.checkpoint(loss))(c, x, y, w), grad, rtol=1e-6)
-    _, tangent = jax.jvp(lambda c: loss(c, x, y, w), (c,), (jnp.ones_like(c),))
+    c, *batch = data
+
+    @jax.jit
+    def run():
+        batches = four(map(jnp.asarray, batch))
+        _, tangent = jax.jvp(lambda c: loss(c, *batch), (c,), (jnp.ones_like(c),))
+        scanned, _ = jax.lax.scan(lambda c, each: (move(c, *each), None), jnp.asarray(c), batches)
+        looped = c
+        for each in zip(*batches, strict=True):
+            looped = move(looped, *each)
+        return jax.grad(loss)(*data), jax.grad(jax.checkpoint(loss))(*data), tangent, scanned, looped
+
+    grad, rematerialized, tangent, scanned, looped = run()
+    np.testing.assert_allclose(rematerialized, grad, rtol=1e-6)
     np.testing.assert_allclose(tangent, grad.sum(), rtol=1e-4)
-    batches = tuple(jnp.asarray(a).reshape(4, 4, *a.shape[1:]) for a in (x, y, w))
-    scanned, _ = jax.lax.scan(
-        lambda c, b: (jcl.update_centers(c, b[0], b[1], where=b[2]), None), jnp.asarray(c), batches
-    )
-    looped = c
-    for i in range(4):
-        looped = jcl.update_centers(looped, batches[0][i], batches[1][i], where=batches[2][i])
     np.testing.assert_allclose(scanned, looped, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_inside_shard_map_means_and_counts_are_global(data, kind):
-    c, x, y, w = data
+def test_a_batch_over_devices_counts_as_a_whole_under_jit_and_inside_shard_map(data, kind):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(getattr(jax.sharding.AxisType, kind),))
-    c, x, y, w = (
-        jax.device_put(a, NamedSharding(mesh, spec))
-        for a, spec in zip(data, (P(), P("data"), P("data"), P("data")), strict=True)
-    )
+    specs = P(), P("data"), P("data"), P("data")
+    placed = jax.device_put(data, tuple(NamedSharding(mesh, spec) for spec in specs))
 
-    def body(c, x, y, w):
-        value, grads = jax.value_and_grad(loss)(c, x, y, w, axis_name="data")
-        total = loss(c, x, y, w, axis_name="data", reduce_fn=jnp.sum)
-        moved = [
-            jcl.update_centers(c, x, y, where=w, rule=r, axis_name="data") for r in ("paper", "gradient")
-        ]
-        return value, grads, total, moved
+    def results(*data, **axis):
+        value, grads = jax.value_and_grad(loss)(*data, **axis)
+        moved = [move(*data, rule=rule, **axis) for rule in ("paper", "gradient")]
+        return [value, loss(*data, reduce_fn=jnp.sum, **axis)], grads, moved
 
-    specs = (P(), P("data"), P("data"), P("data"))
-    value, grads, total, moved = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P()))(
-        c, x, y, w
-    )
-    expected = jax.value_and_grad(loss)(*data)
-    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
-    np.testing.assert_allclose(grads, expected[1], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(total, loss(*data, reduce_fn=jnp.sum), rtol=1e-6)
-    for rule, ours in zip(("paper", "gradient"), moved, strict=True):
-        np.testing.assert_allclose(ours, jcl.update_centers(*data[:3], where=data[3], rule=rule), rtol=1e-5)
+    def body(*data):
+        return results(*data, axis_name="data")
 
-
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_a_batch_sharded_under_jit(data, kind):
-    c, x, y, w = data
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(getattr(jax.sharding.AxisType, kind),))
-    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    placed = jax.device_put((c, x, y, w), (whole, split, split, split))
-    chex.assert_trees_all_close(
-        jax.jit(jax.value_and_grad(loss))(*placed), jax.value_and_grad(loss)(*data), rtol=1e-5, atol=1e-6
-    )
+    losses, grads, moved = jax.jit(results)(*data)
+    for spread in (results, jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P())):
+        found = jax.jit(spread)(*placed)
+        np.testing.assert_allclose(found[0], losses, rtol=1e-6)
+        np.testing.assert_allclose(found[1], grads, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found[2], moved, rtol=1e-5)
 
 
 def test_nearest_center_inside_shard_map(rng):
@@ -193,50 +198,42 @@ def test_nearest_center_inside_shard_map(rng):
     np.testing.assert_array_equal(jax.jit(nearest)(centers, x), jcl.nearest_center(centers, x))
 
 
-@pytest.mark.parametrize("function", [jcl.center_loss, jcl.update_centers])
-def test_lists_of_labels_under_jit(data, function):
+def test_lists_of_labels_under_jit(data):
     c, x, _, _ = data
-    np.testing.assert_allclose(
-        jax.jit(function)(c, x[:2], [0, 3]), function(c, x[:2], np.array([0, 3])), rtol=1e-6
-    )
+    for function in (jcl.center_loss, jcl.update_centers):
+        under_jit = jax.jit(function)(c, x[:2], [0, 3])
+        np.testing.assert_allclose(under_jit, function(c, x[:2], np.array([0, 3])), rtol=1e-6)
 
 
 def test_named_vmap_axis(data):
-    c, x, y, w = data
-    split = [a.reshape(4, 4, *a.shape[1:]) for a in (x, y, w)]
-    values = jax.vmap(lambda x, y, w: loss(c, x, y, w, axis_name="i"), axis_name="i")(*split)
-    np.testing.assert_allclose(values, np.full(4, loss(c, x, y, w)), rtol=1e-6)
-    moved = jax.vmap(lambda x, y, w: jcl.update_centers(c, x, y, where=w, axis_name="i"), axis_name="i")(
-        *split
-    )
-    np.testing.assert_allclose(moved[0], jcl.update_centers(c, x, y, where=w), rtol=1e-5)
+    c, *batch = data
+
+    def both(*batch, **axis):
+        return loss(c, *batch, **axis), move(c, *batch, **axis)
+
+    values, moved = jax.jit(jax.vmap(partial(both, axis_name="i"), axis_name="i"))(*four(batch))
+    value, want = jax.jit(both)(*batch)
+    np.testing.assert_allclose(values, np.full(4, value), rtol=1e-6)
+    np.testing.assert_allclose(moved, [want] * 4, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        loss,
-        lambda c, x, y, w: jcl.update_centers(c, x, y, where=w),
-        lambda c, x, y, w: jcl.nearest_center(c, x),
-    ],
-)
-@pytest.mark.parametrize("classes", [C, 3000])
-def test_outside_of_jit_a_second_call_compiles_nothing(rng, data, function, classes):
-    _, x, y, w = data
-    centers = rng.normal(size=(classes, D)).astype(np.float32)
-    function(centers, x, y, w)
+def test_outside_of_jit_a_second_call_compiles_nothing(rng, data):
+    tables = [rng.normal(size=(classes, D)).astype(np.float32) for classes in (C, 3000)]
+    functions = loss, move, lambda c, x, y, w: jcl.nearest_center(c, x)
     compiled = []
 
     def listen(event, duration, **_):
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(duration)
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        function(2 * centers, x, y, w)
-    finally:
-        jax.monitoring.clear_event_listeners()
-    assert not compiled
+    for centers, function in itertools.product(tables, functions):
+        function(centers, *data[1:])
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            function(2 * centers, *data[1:])
+        finally:
+            jax.monitoring.clear_event_listeners()
+        assert not compiled, (function, len(centers))
 
 
 def test_several_blocks_of_sums_inside_shard_map(rng):

@@ -83,12 +83,15 @@ def test_grams_are_those_of_the_marked_word():
 def test_with_all_classes_it_is_the_full_softmax(rng):
     x, head = rng.normal(size=(7, 3)).astype(np.float32), rng.normal(size=(11, 3)).astype(np.float32)
     labels = rng.integers(0, 11, 7)
-    found = jax.value_and_grad(example.sampled_softmax, (0, 1))(x, head, jnp.arange(11), labels)
-    full = jax.value_and_grad(
-        lambda x, head: optax.softmax_cross_entropy_with_integer_labels(x @ head.T, labels).mean(), (0, 1)
-    )(x, head)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(full), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+    def sampled(x, head):
+        return example.sampled_softmax(x, head, jnp.arange(11), labels)
+
+    def full(x, head):
+        return optax.softmax_cross_entropy_with_integer_labels(x @ head.T, labels).mean()
+
+    found, expected = (jax.jit(jax.value_and_grad(loss, (0, 1)))(x, head) for loss in (sampled, full))
+    chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_over_some_classes_it_is_the_softmax_of_these(rng):
@@ -106,8 +109,9 @@ def test_over_some_classes_it_is_the_softmax_of_these(rng):
         return np.mean(np.log(np.exp(logits).sum(-1)) - logits[np.arange(4), own])
 
     rows = np.float32(np.where(classes[:, None] >= 0, head[np.maximum(classes, 0)], 1.0))
+    sampled = jax.jit(example.sampled_softmax, static_argnames="margin")
     for margin in (0.0, 0.2):
-        found = example.sampled_softmax(np.float32(x), rows, classes, labels, margin)
+        found = sampled(np.float32(x), rows, classes, labels, margin=margin)
         np.testing.assert_allclose(found, by_hand(margin), rtol=1e-5)
 
 
@@ -123,10 +127,6 @@ def test_it_names_typos_that_training_never_saw(words, capsys, tmp_path):
     scaled = example.main([*flags, "--scaling", "--out", str(tmp_path)])
     assert list(scaled) == [200]
     assert (tmp_path / "words.png").read_bytes().startswith(b"\x89PNG")
-
-
-def tables(now):
-    return {"head": now.head["centers"], "centers": now.centers["centers"]}
 
 
 @pytest.mark.slow
@@ -148,8 +148,7 @@ def test_a_restart_goes_on_where_the_run_was(words, tmp_path, monkeypatch):
         run(args, words, 3)
     monkeypatch.setattr(example, "batches", batches)
     _, resumed = run(args, words, 3)
-    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     with pytest.raises(SystemExit, match="is of a run with other flags"):
         run(arguments("--checkpoints", str(tmp_path), "--alpha", "0.1"), words, 3)
 
@@ -162,10 +161,10 @@ def test_on_a_mesh_the_numbers_are_those_of_one_device(words, monkeypatch):
         _, one = run(args, words, 0)
     trainer, eight = run(args, words, 0)
     assert trainer.mesh.size == jax.device_count() > 1
-    for name, found in tables(eight).items():
-        assert found.sharding.spec[0] == "classes"
-        np.testing.assert_allclose(found[:200], tables(one)[name][:200], rtol=1e-3, atol=1e-4)
-    assert np.abs(tables(eight)["centers"]).max() > 0.1
+    for found, expected in ((eight.head, one.head), (eight.centers, one.centers)):
+        assert found["centers"].sharding.spec[0] == "classes"
+        np.testing.assert_allclose(found["centers"][:200], expected["centers"][:200], rtol=1e-3, atol=1e-4)
+    assert np.abs(eight.centers["centers"]).max() > 0.1
     assert len(example.judge(trainer, eight, words, np.arange(100))["typos"]) > 90
 
 
