@@ -61,7 +61,7 @@ class Model(nnx.Module):
         classes: int,
         feat_dim: int,
         *,
-        centers_init: nnx.Initializer = nnx.initializers.normal(1.0),
+        centers_init: nnx.Initializer = jax.nn.initializers.normal(1.0),
         rngs: nnx.Rngs,
     ) -> None:
         self.blocks = nnx.Sequential(

@@ -194,6 +194,7 @@ def test_no_file_that_is_torn_brings_other_numbers(torn):
         assert newest == contents[4] or re.match(r"\w+: ", newest), name
 
 
+@pytest.mark.slow
 def test_another_number_of_classes_raises(torn):
     contents, found = torn
     _, more, fewer, same = found["sound"]
