@@ -48,6 +48,17 @@ CASES = {
         r"labels \(4,\) and x \(5, 3\): expected labels \(5,\)",
     ),
     "rank of labels": ({"labels": Y[:, None]}, ValueError, r"labels \(5, 1\) and x \(5, 3\)"),
+    "float labels of a sequence": (
+        {"x": X[None], "labels": Y[None].astype(np.float32)},
+        TypeError,
+        "labels must be integers, got float32. Cast them",
+    ),
+    "a column of a sequence's labels": (
+        {"x": X[None], "labels": Y[None, :, None]},
+        ValueError,
+        r"A column of labels is `labels\[\.\.\., 0\]`",
+    ),
+    "centers as features": ({"x": {"centers": TABLE}}, TypeError, r"the order is \(params, x\)"),
     "float where": (
         {"where": np.ones(5, np.float32)},
         TypeError,
