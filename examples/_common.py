@@ -270,14 +270,19 @@ def draw_planes(
     *,
     main_directions: bool = False,
 ) -> None:
-    """Feature planes side by side, each on its own scale, and one legend with the names of the classes.
+    """Feature planes, at most three in a row, each on its own scale, and one legend with the names of the classes.
 
     A dashed frame in a panel is the extent of the smallest one. With `main_directions` they are projections
     of the same samples, and are made to lie `alike`.
     """
     planes = alike(planes) if main_directions else planes
-    figure = new_figure(5 * len(planes) + 1, 5.5)
-    axes = figure.subplots(1, len(planes), squeeze=False)[0]
+    rows = -(-len(planes) // 3)
+    columns = -(-len(planes) // rows)
+    figure = new_figure(5 * columns + 1, 5 * rows + 0.5)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(planes) :]:
+        axis.set_axis_off()
+    axes = axes[: len(planes)]
     handles: dict[int, Any] = {}
     for axis, plane in zip(axes, planes, strict=True):
         jax_centerloss.plot(plane.centers, plane.features, plane.labels, previous=plane.previous, ax=axis)

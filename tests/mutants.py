@@ -34,6 +34,8 @@ TIMEOUT = 300  # Seconds after which a mutant is noticed.
 ROOT = Path(__file__).resolve().parents[1]
 # Figures, words of errors and files of PyTorch are looked at by tests of their own.
 LEFT_OUT = {"__init__", "_arrays", "_checks", "_plot", "_torch"}
+# These notice most, and come first.
+STRONGEST = ["test_update.py", "test_loss.py", "test_weights.py", "test_rows.py"]
 
 
 def both_ways(*pairs):
@@ -173,7 +175,8 @@ class Server:
         """The code that pytest ends with, its seconds and its first failure; tests named as `path` first."""
         word = path.stem.strip("_")
         files = sorted(
-            (ROOT / "tests").glob("test_*.py"), key=lambda file: (word not in file.name, file.name)
+            (ROOT / "tests").glob("test_*.py"),
+            key=lambda file: (word not in file.name, file.name not in STRONGEST, file.name),
         )
         # pytest-randomly, if it is installed, would undo the order.
         options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", marks]
