@@ -270,7 +270,7 @@ def draw_planes(
     *,
     main_directions: bool = False,
 ) -> None:
-    """Feature planes, at most three in a row, each on its own scale, and one legend with the names of the classes.
+    """Feature planes, at most three in a row, each on its own scale, and one legend of the classes.
 
     A dashed frame in a panel is the extent of the smallest one. With `main_directions` they are projections
     of the same samples, and are made to lie `alike`.

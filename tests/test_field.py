@@ -256,8 +256,6 @@ def only(name):
 
 
 WRAPPERS = {
-    # KaiyangZhou/pytorch-center-loss issue 2: λ divided out, here beside a radial basis layer.
-    "nothing": lambda tx: tx,
     # google-deepmind/optax issues 296 and 1148, google/flax issue 3050: freezing, with NNX and Linen.
     "masked": lambda tx: optax.chain(
         optax.masked(tx, only("train")), optax.masked(optax.set_to_zero(), only("freeze"))
@@ -281,11 +279,9 @@ def gradients_and_step(model, x, labels):
     return nnx.grad(loss_of)(model, 1e-3, x, labels), moved
 
 
-@pytest.mark.few(4)
-@pytest.mark.parametrize("name", WRAPPERS)
 @jax.numpy_dtype_promotion("standard")
-def test_what_optax_wraps_around(batch, name):
-    tx = WRAPPERS[name](jcl.with_center_optimizer(optax.sgd(0.0), optax.sgd(0.5), weight=1e-3))
+def check_that_centers_alone_move(batch, wrapped):
+    tx = wrapped(jcl.with_center_optimizer(optax.sgd(0.0), optax.sgd(0.5), weight=1e-3))
     model = Model(nnx.Rngs(0))
     grads, want = gradients_and_step(model, *batch)
     trees = nnx.to_pure_dict(nnx.state(model, nnx.Param)), nnx.to_pure_dict(grads)
@@ -304,6 +300,17 @@ def test_what_optax_wraps_around(batch, name):
         np.testing.assert_allclose(centers, want, rtol=1e-4, atol=1e-5)
     for others in (model.rbf.centers[...], moved["rbf"]["means"]):
         np.testing.assert_array_equal(others, basis)
+
+
+def test_another_layer_has_centers_too(batch):
+    # KaiyangZhou/pytorch-center-loss issue 2: λ divided out, here beside a radial basis layer.
+    check_that_centers_alone_move(batch, lambda tx: tx)
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_what_optax_wraps_around(batch, name):
+    check_that_centers_alone_move(batch, WRAPPERS[name])
 
 
 def test_the_optimizers_state_is_mapped_by_its_params():
@@ -692,6 +699,11 @@ OF_ANOTHER_TYPE = {
 }
 OF_ANOTHER_VALUE = {
     "params None": (lambda: jcl.center_loss(None, X, Y), "params must hold exactly one array"),
+    "reduce_fn in nnx": (
+        lambda: jcl.nnx.CenterLoss(5, 3, reduce_fn="sum", rngs=nnx.Rngs(0)),
+        "reduce_fn must be",
+    ),
+    "clip in linen": (lambda: jcl.linen.CenterLoss(5, 3, clip=1.0), "clip must be"),
     "reduce_fn in linen": (lambda: jcl.linen.CenterLoss(5, 3, reduce_fn="sum"), "reduce_fn must be"),
     "clip in nnx": (lambda: jcl.nnx.CenterLoss(5, 3, clip=1.0, rngs=nnx.Rngs(0)), "clip must be"),
     "centers_as": (lambda: jcl.linen.CenterLoss(5, 3, centers_as="buffer"), "centers_as must be one of"),
@@ -1021,9 +1033,9 @@ def test_advice_on_labels_leads_to_the_right_classes(name):
 
 def test_labels_that_are_no_whole_numbers_get_no_advice_to_cast_them():
     for bad in ([0.5, 1.0, 2.0], [0.0, np.inf, 2.0]):
-        words = r"some are no whole numbers(?!.*astype)"
-        with pytest.raises(TypeError, match=words):
-            jcl.center_loss(CENTERS, POINTS, np.array(bad))
+        words = "some are no whole numbers"
+        pieces = advice(TypeError, words, jcl.center_loss, CENTERS, POINTS, np.array(bad))
+        assert not any("astype" in piece for piece in pieces)
 
 
 def loss_of_lists(x, where):

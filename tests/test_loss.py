@@ -271,6 +271,7 @@ def test_nearest_center_is_the_argmin(rng, num_classes):
         (jcl.nearest_center, (131_071,), 128, 5000, 48),
         # Of few classes a copy of the features is larger than the distances.
         (jcl.nearest_center, (65_536, 2), 512, 10, 80),
+        pytest.param(jcl.center_metrics, (65_536, 2), 512, 10, 80, marks=pytest.mark.slow),
     ],
 )
 def test_many_samples_take_memory_for_a_block_of_them(function, shape, d, c, most, monkeypatch):

@@ -44,7 +44,7 @@ def test_golden_file_covers_both_precisions():
     assert dtypes.count(np.float64) > 15
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(40)
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("source", ref.SOURCES)
 @pytest.mark.parametrize("case", CASES)
@@ -66,7 +66,7 @@ def test_closed_form_is_the_reference(case):
     assert_close(got, want, draw, draw.x.dtype.name, case)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize(("num", "classes", "dim"), SHAPES)
 def test_fresh_input(num, classes, dim, precision):

@@ -138,10 +138,10 @@ def test_recipe_takes_the_same_steps(name, source):
     step = jax.jit(lambda c, x, labels, state: (loss_of(c, x, labels), *move(c, x, labels, state)))
     with ref.enable_x64():
         centers, state = peers.draws()[0][0], None
-        for i, (_, x, labels) in enumerate(peers.draws()):
+        for (_, x, labels), *want in zip(peers.draws(), want_losses, want_centers, strict=True):
             loss, centers, state = step(centers, x, labels, state)
-            np.testing.assert_allclose(loss, want_losses[i], rtol=1e-10)
-            np.testing.assert_allclose(centers, want_centers[i], rtol=1e-10, atol=1e-12)
+            np.testing.assert_allclose(loss, want[0], rtol=1e-10)
+            np.testing.assert_allclose(centers, want[1], rtol=1e-10, atol=1e-12)
 
 
 def caffe_runs(steps, classes_of):

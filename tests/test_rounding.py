@@ -215,10 +215,11 @@ def test_a_key_gives_the_same_bits_in_every_way_and_order_and_none_rounds_to_nea
     assert np.array_equal(wide(other), want) == (dtype == "float32")
 
 
-def test_the_mean_step_of_another_kind_of_keys(rng):
+@pytest.mark.parametrize("kind", ["rbg", pytest.param("unsafe_rbg", marks=pytest.mark.slow)])
+def test_the_mean_step_of_other_kinds_of_keys(rng, kind):
     centers, x, labels = problem(rng)
     exact = by_rule(centers.astype(jnp.float32), x, labels, None)
-    keys = jax.random.split(jax.random.key(0, impl="rbg"), 2000)
+    keys = jax.random.split(jax.random.key(0, impl=kind), 2000)
     many = jax.lax.map(lambda key: by_rule(centers, x, labels, key), keys)
     assert_mean(many, np.float64(exact), errors=4.5)
 

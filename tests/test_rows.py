@@ -212,6 +212,18 @@ def test_a_state_that_holds_the_centers_can_be_donated_with_them():
     np.testing.assert_allclose(moved, [[0, 0], [0.2, 0.2], [0, 0]], rtol=1e-6)
 
 
+@pytest.mark.slow
+@jax.numpy_dtype_promotion("standard")
+def test_cocob_moves_the_rows_of_the_batch_when_all_is_donated():
+    rows = jcl.row_optimizer(optax.contrib.cocob())
+    centers = jnp.zeros((3, 2))
+    step = jax.jit(rows.update, donate_argnums=(0, 1))
+    moved, state = step(centers, rows.init(centers), np.ones((1, 2), np.float32), np.array([1]))
+    moved, _ = step(moved, state, np.ones((1, 2), np.float32), np.array([1]))
+    assert np.all(moved[1] > 0)
+    np.testing.assert_array_equal(moved[::2], np.zeros((2, 2)))
+
+
 def test_construction_under_jit_and_with_strict_promotion(rng):
     x, labels = rng.normal(size=(5, D)).astype(np.float32), np.array([0, 1, 1, 3, -1])
 
@@ -248,14 +260,14 @@ def test_the_stateless_case_is_update_centers(rng):
     centers = rng.normal(size=(50, D)).astype(np.float32)
     x, labels, where = rng.normal(size=(3, 8, D)), rng.integers(-1, 50, (3, 8)), rng.random((3, 8)) < 0.7
     x = x.astype(np.float32)
-    rows = jcl.row_optimizer(optax.sgd(0.5))
+    rows = jcl.row_optimizer(optax.sgd(0.3))
 
     @jax.jit
     def run():
         return [
             (
                 rows.update(centers, rows.init(centers), x, labels, rule=rule, where=where)[0],
-                jcl.update_centers(centers, x, labels, alpha=0.5, rule=rule, where=where),
+                jcl.update_centers(centers, x, labels, alpha=0.3, rule=rule, where=where),
             )
             for rule in RULES
         ]

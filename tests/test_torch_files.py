@@ -39,6 +39,17 @@ def test_mappings_and_files_keep_values_and_dtype(tmp_path, dtype):
         np.testing.assert_array_equal(params["centers"].astype(jnp.float32), TABLE)
 
 
+def test_an_array_that_is_overwritten_does_not_change_what_was_taken():
+    # Large and aligned, so that JAX could share its memory.
+    memory = np.zeros(4 * 4096 * 64 + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    array = memory[start : start + 4 * 4096 * 64].view(np.float32).reshape(4096, 64)
+    taken = [jcl.from_torch(source)["centers"] for source in (array, {"centers": array})]
+    array[:] = 1
+    for centers in taken:
+        np.testing.assert_array_equal(centers, np.zeros((4096, 64)))
+
+
 STATE = {
     "weight": np.ones((2, 2), np.float32),
     "ids": TABLE.astype(np.int32),

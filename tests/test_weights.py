@@ -121,36 +121,40 @@ def test_k_times_in_the_loss_by_rule_and_in_the_metrics(rng):
 
     got, want = run(x, labels, np.float32(times)), run(x_often, labels_often)
     for ours, theirs, atol in zip(got, want, (1e-5, 1e-6, 0), strict=True):
-        chex.assert_trees_all_equal_dtypes(ours, theirs)
         chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=atol)
+
+    assert {leaf.dtype for leaf in jax.tree.leaves(got[:2])} == {jnp.dtype("float32")}
 
     @jax.jit
     def of_each_dtype():
         return [
             (
-                jcl.center_loss(centers, x, labels, weights=w),
-                jcl.update_centers(centers, x, labels, weights=w),
+                jax.value_and_grad(jcl.center_loss)(centers, x, labels, weights=w),
+                [jcl.update_centers(centers, x, labels, weights=w, rule=rule) for rule in RULES],
             )
             for w in (jnp.asarray(times, dtype) for dtype in ("int32", "uint8", "bfloat16", "float16"))
         ]
 
-    for loss, moved in of_each_dtype():
-        assert loss.dtype == jnp.float32
-        np.testing.assert_allclose(loss, want[0][0][0], rtol=1e-5)
-        np.testing.assert_allclose(moved, want[1][0], rtol=1e-5, atol=1e-6)
+    for of_loss, moved in of_each_dtype():
+        assert {leaf.dtype for leaf in jax.tree.leaves((of_loss, moved))} == {jnp.dtype("float32")}
+        chex.assert_trees_all_close((of_loss, moved), (want[0][0], want[1]), rtol=1e-5, atol=1e-5)
 
 
-OPTIMIZERS = {
-    "paper": optax.sgd(0.4, momentum=0.9),
-    "gradient": optax.adam(0.1, eps=0.1),
-    "mean": optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.4)),
-}
-
-
-@RULE
+@pytest.mark.parametrize(
+    ("rule", "tx"),
+    [
+        ("paper", optax.sgd(0.4, momentum=0.9)),
+        ("gradient", optax.adam(0.1, eps=0.1)),
+        ("mean", optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.4))),
+        pytest.param("gradient", optax.adamw(0.1, eps=0.1), marks=pytest.mark.slow),
+        pytest.param("paper", optax.sgd(0.4, momentum=0.9, nesterov=True), marks=pytest.mark.slow),
+        pytest.param("mean", optax.rmsprop(0.1, eps=0.1), marks=pytest.mark.slow),
+    ],
+    ids=["momentum", "adam", "clipped", "adamw", "nesterov", "rmsprop"],
+)
 @jax.numpy_dtype_promotion("standard")
-def test_k_times_by_rows(rng, rule):
-    rows = jcl.row_optimizer(OPTIMIZERS[rule])
+def test_k_times_by_rows(rng, rule, tx):
+    rows = jcl.row_optimizer(tx)
     params = jnp.asarray(rng.normal(size=(C, D)), jnp.float32)
     held = often = params, rows.init(params)
     for _ in range(3):
