@@ -41,11 +41,10 @@ def test_born_in_shards_with_the_numbers_of_the_whole(mesh, by, jit):
             for dtype in (jnp.float32, jnp.bfloat16)
         ]
 
-    key = jax.random.key(0)
-    whole = jax.jit(init)(key)
+    whole = jax.jit(init)(jax.random.key(0))
     sharded = partial(init, out_sharding=SPEC if by == "spec" else NamedSharding(mesh, SPEC))
     with jax.set_mesh(mesh) if by == "spec" else contextlib.nullcontext():
-        tables = (jax.jit(sharded) if jit else sharded)(key)
+        tables = (jax.jit(sharded) if jit else sharded)(jax.random.key(0))
     for centers, want in zip(tables, whole, strict=True):
         assert_sharded(centers, mesh)
         assert centers.dtype == want.dtype
