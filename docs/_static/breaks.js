@@ -8,7 +8,7 @@ document.addEventListener("DOMContentLoaded", () => {
     return found;
   });
   for (const text of texts) {
-    const parts = text.data.split(/(?<=[_(.,=/])(?=\S)/);
+    const parts = text.data.split(/(?<=[_(.,=/])(?=[^\s.)])/);
     if (parts.length > 1) text.replaceWith(...parts.flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part])));
   }
 });
