@@ -341,3 +341,15 @@ def test_few_features_that_are_split(rng):
     difference = x - centers[labels]
     np.testing.assert_allclose(loss, np.mean(np.sum(difference**2, 1)), rtol=1e-5)
     np.testing.assert_allclose(gradient, 2 * difference / 8, rtol=1e-4, atol=1e-6)
+
+
+def test_features_stay_while_their_nearest_centers_are_found_where_the_classes_lie():
+    mesh = jax.make_mesh((2, 4), ("data", "classes"), axis_types=(AxisType.Explicit,) * 2)
+    table, x = (
+        jax.ShapeDtypeStruct((size, 128), jnp.float32, sharding=NamedSharding(mesh, P(axis, None)))
+        for size, axis in ((C, "classes"), (512, "data"))
+    )
+    with jax.set_mesh(mesh):
+        program = jax.jit(jcl.nearest_center).lower(table, x).compile()
+    travels = sum(size for _, size in collectives(program.as_text()).elements())
+    assert travels < 512 * 128 * 4 / 8  # An eighth of the features.
