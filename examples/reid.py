@@ -56,14 +56,7 @@ METRICS = {
 
 
 class Model(nnx.Module):
-    def __init__(
-        self,
-        classes: int,
-        feat_dim: int,
-        *,
-        centers_init: nnx.Initializer = jax.nn.initializers.normal(1.0),
-        rngs: nnx.Rngs,
-    ) -> None:
+    def __init__(self, classes: int, feat_dim: int, *, rngs: nnx.Rngs) -> None:
         self.blocks = nnx.Sequential(
             Block(1, 32, 2, rngs=rngs), Block(32, 64, 2, rngs=rngs), Block(64, 128, 2, rngs=rngs)
         )
@@ -71,9 +64,7 @@ class Model(nnx.Module):
         self.neck = nnx.BatchNorm(feat_dim, momentum=0.9, use_bias=False, rngs=rngs)
         small = nnx.initializers.normal(0.001)
         self.head = nnx.Linear(feat_dim, classes, use_bias=False, kernel_init=small, rngs=rngs)
-        self.center_loss = jax_centerloss.nnx.CenterLoss(
-            classes, feat_dim, centers_init=centers_init, rngs=rngs
-        )
+        self.center_loss = jax_centerloss.nnx.CenterLoss(classes, feat_dim, rngs=rngs)
 
     def features(self, images: jax.Array) -> jax.Array:
         x = self.blocks(images[..., None].astype(jnp.float32) / 255)
@@ -140,10 +131,12 @@ def train(
     """A trained network, and the mean loss of each epoch."""
     steps = [*batches(data.labels, args.batch_size, args.instances, args.epochs, seed)]
     shifts = np.random.default_rng(seed).integers(0, 5, (len(steps), args.batch_size, 2))
-    moving = args.centers == "optax"
-    init = {} if moving else {"centers_init": nnx.initializers.zeros}
-    model = Model(data.labels.max() + 1, args.feat_dim, **init, rngs=nnx.Rngs(seed))
-    tx = make_optimizer(lam, args.lr, args.alpha if moving else 0.0, len(steps))
+    model = Model(data.labels.max() + 1, args.feat_dim, rngs=nnx.Rngs(seed))
+    alpha = args.alpha
+    if args.centers == "zero":
+        model.center_loss.centers = jnp.zeros_like(model.center_loss.centers[...])
+        alpha = 0.0
+    tx = make_optimizer(lam, args.lr, alpha, len(steps))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     losses = []
     for chosen, by in zip(steps, shifts, strict=True):

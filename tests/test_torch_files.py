@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from test_field import aligned
 
 import jax_centerloss as jcl
 
@@ -40,10 +41,7 @@ def test_mappings_and_files_keep_values_and_dtype(tmp_path, dtype):
 
 
 def test_an_array_that_is_overwritten_does_not_change_what_was_taken():
-    # Large and aligned, so that JAX could share its memory.
-    memory = np.zeros(4 * 4096 * 64 + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    array = memory[start : start + 4 * 4096 * 64].view(np.float32).reshape(4096, 64)
+    array = aligned(4096, 64)
     taken = [jcl.from_torch(source)["centers"] for source in (array, {"centers": array})]
     array[:] = 1
     for centers in taken:

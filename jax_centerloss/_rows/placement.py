@@ -118,7 +118,7 @@ def jit_on_auto_axes(out_shardings_fn: Callable[..., Any], **jit_options: Any) -
                 call = jax.sharding.auto_axes(call, axes=explicit, out_sharding=out_shardings_fn(*arrays))
             return call(*arrays)
 
-        return program  # type: ignore[return-value]
+        return program  # type: ignore[return-value]  # `jax.jit` forgets the signature.
 
     return wrap
 
