@@ -64,6 +64,16 @@ QUICK = {
 }
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Whether to leave out a file of tests: `-m quick` need not import those of which it runs nothing."""
+    is_module = collection_path.suffix == ".py"
+    return (
+        True
+        if is_module and config.option.markexpr == "quick" and collection_path.stem not in QUICK
+        else None
+    )
+
+
 @pytest.hookimpl(tryfirst=True)  # Before pytest selects by marks.
 def pytest_collection_modifyitems(items):
     """Of a test that is marked `few(n)`, all cases but n are slow: they give breadth, and CI runs them."""

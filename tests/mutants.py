@@ -4,8 +4,9 @@ A mutant is the package with one change: of an operator, a comparison, a number,
 tests run until one fails. Each mutant is printed, with its line as it was and as it is: it is noticed, or
 SURVIVES.
 
-    python tests/mutants.py                               # A sample, by the quick tests.
-    python tests/mutants.py --marks "not slow" --ids 17 203   # Some of them again, by the default tests.
+    python tests/mutants.py                    # The faults below and a sample, by the quick tests.
+    python tests/mutants.py --count 0          # The faults alone.
+    python tests/mutants.py --marks "not slow" --ids 17 203   # These again, by the default tests.
 
 It needs `os.fork`: Linux or macOS.
 """
@@ -34,8 +35,9 @@ TIMEOUT = 300  # Seconds after which a mutant is noticed.
 ROOT = Path(__file__).resolve().parents[1]
 # Figures, words of errors and files of PyTorch are looked at by tests of their own.
 LEFT_OUT = {"__init__", "_arrays", "_checks", "_plot", "_torch"}
-# These notice most, and come first.
+# These notice most, and come first, after those that have the word of the module in their names.
 STRONGEST = ["test_update.py", "test_loss.py", "test_weights.py", "test_rows.py"]
+WORDS = {"batch": "errors", "check_batch": "errors", "reduce": "loss", "rules": "update"}
 
 
 def both_ways(*pairs):
@@ -71,6 +73,24 @@ NAMES = both_ways(
 )
 # Without these a function returns its first argument.
 DROPPED = {"stop_gradient", "replicate", "reshard", "abs", "round_rows", "optimization_barrier"}
+# Faults of meaning that the quick tests have to notice: a module, its words, and what they become.
+FAULTS = [
+    ("_rules", "rate / (1 + counts)", "rate / counts"),  # The factor of the paper's rule,
+    ("_rules", "2 / denominator", "1 / denominator"),  # of the gradient,
+    ("_rules", "jnp.ones_like(counts), counts)", "jnp.ones_like(counts), counts + 1)"),  # and of the mean.
+    # NaN of a masked row reaches the gradient, the loss, and the centers.
+    ("_reduce", "jnp.where(used[..., None], x - rows, zero)", "x - rows"),
+    ("_reduce", "values = jnp.where(used, values,", "values = jnp.where(used | True, values,"),
+    ("_rules", "used & (labels < centers.shape[0])", "labels < centers.shape[0]"),
+    # A label wraps: a negative one becomes the last class, one that is out of range becomes another.
+    ("_batch", "used = indices >= 0", "used = indices >= -1"),
+    ("_rows/table", "(labels >= 0) & (labels < num_classes)", "labels < 2 * num_classes"),
+    # What has no class moves the center of class 0.
+    ("_rows/table", "jnp.where(condition, classes, NO_CLASS)", "jnp.where(condition, classes, 0)"),
+    # Rows of the optimizer's state move whose classes are not in the batch.
+    ("_rows/moves", "(counts != 0) & samples.ready", "samples.ready"),
+    ("_rows/groups", "jnp.where(owns_slot, labels, NO_CLASS)", "jnp.where(owns_slot, labels, 0)"),
+]
 
 
 def changes(node):
@@ -132,6 +152,16 @@ def mutants(numbers=None):
                 setattr(node, field, old)
 
 
+def faults():
+    """Yields FAULTS in the form of `mutants`."""
+    for name, before, after in FAULTS:
+        path = Path("jax_centerloss", f"{name}.py")
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert text.count(before) == 1, f"{path} has {text.count(before)} times {before!r}"
+        line = text[: text.index(before)].count("\n") + 1
+        yield path, line, before, after, text.replace(before, after)
+
+
 def serve():
     """Runs pytest with the arguments in each line of the input, in a fork that has imported JAX already."""
     for name in ("chex", "flax.linen", "flax.nnx", "optax"):
@@ -174,6 +204,7 @@ class Server:
     def test(self, path, marks):
         """The code that pytest ends with, its seconds and its first failure; tests named as `path` first."""
         word = path.stem.strip("_")
+        word = WORDS.get(word, word)
         files = sorted(
             (ROOT / "tests").glob("test_*.py"),
             key=lambda file: (word not in file.name, file.name not in STRONGEST, file.name),
@@ -200,7 +231,8 @@ def main():
         return serve()
     total = sum(1 for _ in mutants())
     chosen = sorted(args.ids or random.Random(0).sample(range(total), min(args.count, total)))
-    print(f"{len(chosen)} of {total} mutants", flush=True)
+    named = [] if args.ids else [(f"fault {i}", fault) for i, fault in enumerate(faults())]
+    print(f"{len(named)} faults, {len(chosen)} of {total} mutants", flush=True)
     idle = SimpleQueue()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         servers = [Server(Path(folder, str(job))) for job in range(args.jobs)]
@@ -220,13 +252,15 @@ def main():
             return not code
 
         try:
-            if (found := servers[0].test(Path("unchanged"), args.marks))[0]:
-                sys.exit(f"The tests fail on the package as it is: {found}")
-            survivors = sum(pool.map(survives, chosen, mutants(set(chosen))))
+            if (failed := servers[0].test(Path("unchanged"), args.marks))[0]:
+                sys.exit(f"The tests fail on the package as it is: {failed}")
+            tried = itertools.chain(named, zip(chosen, mutants(set(chosen)), strict=True))
+            survived = list(pool.map(survives, *zip(*tried, strict=True)))
         finally:
             for server in servers:
                 server.process.kill()
-    print(f"{len(chosen) - survivors} of {len(chosen)} noticed, {1 - survivors / len(chosen):.1%}")
+    for kind, found in ("faults", survived[: len(named)]), ("mutants", survived[len(named) :]):
+        print(f"{found.count(False)} of {len(found)} {kind} noticed")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_golden_file_covers_both_precisions():
     assert dtypes.count(np.float64) > 15
 
 
-@pytest.mark.few(40)
+@pytest.mark.few(24)
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("source", ref.SOURCES)
 @pytest.mark.parametrize("case", CASES)

@@ -96,7 +96,7 @@ def test_the_numbers_are_those_of_a_loop_over_the_classes(platform, classes):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @ACCELERATORS
 @KINDS
 def test_inside_shard_map(platform, kind, classes):
@@ -110,7 +110,7 @@ def test_inside_shard_map(platform, kind, classes):
     chex.assert_trees_all_close(jax.jit(mapped)(*placed), want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @ACCELERATORS
 @KINDS
 def test_on_a_mesh(platform, kind, classes):

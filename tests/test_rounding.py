@@ -161,6 +161,7 @@ def by_linen(centers, x, labels, key):
 WAYS = {"rule": by_rule, "rows": by_rows, "nnx": by_nnx, "linen": by_linen}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_mean_step_is_the_exact_one(rng, dtype):
     centers, x, labels = problem(rng, dtype=dtype)
@@ -215,7 +216,8 @@ def test_a_key_gives_the_same_bits_in_every_way_and_order_and_none_rounds_to_nea
     assert np.array_equal(wide(other), want) == (dtype == "float32")
 
 
-@pytest.mark.parametrize("kind", ["rbg", pytest.param("unsafe_rbg", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg"])
 def test_the_mean_step_of_other_kinds_of_keys(rng, kind):
     centers, x, labels = problem(rng)
     exact = by_rule(centers.astype(jnp.float32), x, labels, None)

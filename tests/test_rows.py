@@ -107,7 +107,7 @@ BATCHES = {
 }
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(name, kind) for name in ACCEPTED for kind in ("some", "blocks")]
@@ -311,7 +311,7 @@ def test_a_traced_rate_is_named():
         jax.jit(lambda rate: jcl.row_optimizer(optax.sgd(rate)).init(jnp.zeros((3, 2))))(0.1)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(
     "tx", [optax.apply_if_finite(optax.adam(0.1), 3), optax.novograd(0.1), optax.adamw(0.1)]

@@ -255,6 +255,7 @@ def test_weights_in_the_modules(rng):
             np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_weights_on_a_mesh_and_in_shard_map(rng, kind):
     centers, x, labels = draw(rng, 16, 8)
