@@ -38,14 +38,6 @@ def _sharding_metadata(out_sharding: Any) -> dict[str, Any]:
     return {name: out_sharding} if isinstance(out_sharding, PartitionSpec) else {}
 
 
-def _map_logical_axes(out_sharding: Any) -> Any:
-    """`out_sharding` with logical names replaced by mesh axes, by the rules that are set for Flax."""
-    if not isinstance(out_sharding, PartitionSpec):
-        return out_sharding
-    names: Any = out_sharding
-    return PartitionSpec(*spmd.from_sharding_rules(names, spmd.get_logical_axis_rules()))
-
-
 class CenterLoss(nnx.Module):
     """Holds one center per class and returns the center loss of a batch.
 
@@ -114,9 +106,11 @@ class CenterLoss(nnx.Module):
         self.clip = clip
         self.reduce_fn = reduce_fn
         self.axis_name = axis_name
-        if type(out_sharding) is tuple:
+        if isinstance(out_sharding, tuple):
             out_sharding = PartitionSpec(*out_sharding)
         metadata: dict[str, Any] = OWNER | _sharding_metadata(out_sharding)
+        # By the rules that are set for Flax, mesh axes take the place of logical names.
+        on_mesh = spmd.get_pspec(out_sharding) if isinstance(out_sharding, PartitionSpec) else out_sharding
 
         def initializer(*args: Any) -> Any:
             centers = centers_init(*args)
@@ -129,9 +123,7 @@ class CenterLoss(nnx.Module):
             metadata.update(centers.metadata)
             return centers.raw_value
 
-        draw: Any = partial(
-            _init.init_centers, dtype=param_dtype, out_sharding=_map_logical_axes(out_sharding)
-        )
+        draw: Any = partial(_init.init_centers, dtype=param_dtype, out_sharding=on_mesh)
         drawn = draw(rngs.params(), num_classes, feat_dim, initializer=initializer)
         kind = nnx.Param if centers_as == "param" else Centers
         self.centers = kind(drawn["centers"], **metadata)
