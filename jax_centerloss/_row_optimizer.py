@@ -33,12 +33,9 @@ class RowOptimizer(NamedTuple):
 
 
 def check_transformation(name: str, tx: Any) -> None:
-    if isinstance(tx, RowOptimizer) or not (hasattr(tx, "init") and hasattr(tx, "update")):
-        found = (
-            "a row optimizer: pass the transformation that you gave to it"
-            if isinstance(tx, RowOptimizer)
-            else repr(tx)
-        )
+    of_rows = isinstance(tx, RowOptimizer)
+    if of_rows or not (hasattr(tx, "init") and hasattr(tx, "update")):
+        found = "a row optimizer: pass the transformation that you gave to it" if of_rows else repr(tx)
         raise TypeError(f"{name} must be an optax transformation, such as optax.sgd(0.5), got {found}.")
 
 
@@ -209,12 +206,9 @@ def row_optimizer(tx: optax.GradientTransformation, *, state_dtype: DTypeLike | 
 def _as_state_dtype(value: Any) -> Any:
     if value is None:
         return None
-    try:
-        dtype = jnp.dtype(value)
-    except TypeError:
-        dtype = None
-    if dtype is not None and dtype in _STATE_DTYPES:  # `None == np.dtype(float)` is True.
-        return dtype
+    for dtype in _STATE_DTYPES:
+        if dtype == value:
+            return dtype
     raise ValueError(
         f"state_dtype must be None or one of {', '.join(map(str, _STATE_DTYPES))}, got {value!r}. float16 is "
         "not allowed: the squared gradients that Adam keeps often underflow in it."
@@ -226,12 +220,11 @@ def _check_state(state: Any, expected: Any, centers: jax.Array) -> None:
 
     It can't tell optimizers apart if their states have the same structure, such as Adam and Yogi.
     """
-    shapes = [jax.tree.map(np.shape, tree) for tree in (state, expected)]
-    structures = {jax.tree.structure(tree) for tree in (state, expected)}
-    if len(structures) > 1 or shapes[0] != shapes[1]:
+    found, wanted = (jax.tree.map(np.shape, tree) for tree in (state, expected))
+    if jax.tree.flatten(found) != jax.tree.flatten(wanted):
         raise ValueError(
-            f"state does not belong to this optimizer and centers {centers.shape}: expected {shapes[1]}, got "
-            f"{shapes[0]}. Make it with this row optimizer's `init(params)`, and pass on what `update` "
+            f"state does not belong to this optimizer and centers {centers.shape}: expected {wanted}, got "
+            f"{found}. Make it with this row optimizer's `init(params)`, and pass on what `update` "
             "returns: `params, state = rows.update(params, state, x, labels)`."
         )
     # Only the dtypes of tables are compared, since a scalar may be a Python number.
