@@ -172,26 +172,25 @@ def _marks(params: Any, select: Callable[[Path, Any], bool] | None) -> Any:
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_variable)
     leaves = [(_as_path(key_path), leaf) for key_path, leaf in leaves]
     if select is None:
-        chosen = _find_centers(leaves)
+        found = _find_centers(leaves)
     else:
-        chosen = [bool(select(path, _content(leaf))) for path, leaf in leaves]
-        if not any(chosen):
+        found = {path for path, leaf in leaves if select(path, _content(leaf))}
+        if not found:
             paths = _list_paths(path for path, _ in leaves)
             raise ValueError(f"no parameter was picked by select: this model has {paths}.")
-    marks = [optax.EmptyState() if is_center else optax.MaskedNode() for is_center in chosen]
+    marks = [optax.EmptyState() if path in found else optax.MaskedNode() for path, _ in leaves]
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_variable), marks)
 
 
-def _find_centers(leaves: list[tuple[Path, Any]]) -> list[bool]:
-    """Which leaves are centers: the Variables of every `nnx.CenterLoss`, or one leaf below a key "centers".
+def _find_centers(leaves: list[tuple[Path, Any]]) -> set[Path]:
+    """The paths of centers: the Variables of every `nnx.CenterLoss`, or one leaf below a key "centers".
 
     Raises if there is none, or if a leaf found by its key, which is no Variable, is not the only one.
     """
     named = [path for path, _ in leaves if "centers" in path]
-    keyed = ["centers" in path and not _is_variable(leaf) for path, leaf in leaves]
-    chosen = [is_keyed or is_owned(leaf) for is_keyed, (_, leaf) in zip(keyed, leaves, strict=True)]
-    found = [path for is_center, (path, _) in zip(chosen, leaves, strict=True) if is_center]
-    if len(found) > 1 and any(keyed):
+    keyed = [path for path, leaf in leaves if "centers" in path and not _is_variable(leaf)]
+    found = [path for path, leaf in leaves if path in keyed or is_owned(leaf)]
+    if len(found) > 1 and keyed:
         raise ValueError(
             f'several parameters are below a key "centers": {_list_paths(found)}. Other layers have '
             "parameters of that name too. Say by `select` which hold centers, for example "
@@ -210,7 +209,7 @@ def _find_centers(leaves: list[tuple[Path, Any]]) -> list[bool]:
             'select. Centers that are state (centers_as="state") are not optimized: update_centers or a '
             "row_optimizer moves them."
         )
-    return chosen
+    return set(found)
 
 
 def is_owned(variable: Any) -> bool:
