@@ -176,15 +176,13 @@ def _check_concrete_values(labels: Any, where: Any, weights: Any, num_classes: i
     are skipped. Nothing is checked if one of the three is traced: weights need the labels to be known, and a
     traced mask or weight may leave samples out.
     """
-    if not (_arrays.is_concrete(labels) and _arrays.is_concrete(where)):
+    if not all(map(_arrays.is_concrete, (labels, where, weights))):
         return
     values = _arrays.as_numpy(labels)
     if values.dtype.itemsize < 4:  # Fewer than 32 bits may not hold the number of classes.
         values = values.astype(np.int32)
     used = np.broadcast_to(True if where is None else _arrays.as_numpy(where), values.shape)
     if weights is not None:
-        if not _arrays.is_concrete(weights):
-            return
         numbers = _arrays.as_numpy(weights)
         negative = (numbers < 0) & used & (values >= 0)
         if negative.any():
