@@ -63,8 +63,7 @@ def check_batch(
             passed = _batch.as_weights(weights, labels, x, centers.shape[0])
             used = used & (passed != 0)
             message = "the weight of a used sample, of class {label}, is {value}"
-            _report(message, labels, used & (passed < 0), passed)
-            _report(message, labels, used & jnp.logical_not(jnp.isfinite(passed)), passed)
+            _report(message, labels, used & ((passed < 0) | jnp.logical_not(jnp.isfinite(passed))), passed)
         message = f"label {{label}} is out of range for {centers.shape[0]} classes"
         _report(message, labels, used & (labels >= centers.shape[0]), jnp.zeros_like(used))
         message = "a feature of a used sample, of class {label}, is {value}"
@@ -78,14 +77,13 @@ def _report(message: str, labels: jax.Array, bad: jax.Array, values: jax.Array) 
     """Raises, or adds to checkify's error, if anything is `bad`.
 
     The greatest label that has a bad value is the example. The value shown is NaN if a bad value of that
-    label is NaN, else infinity if one is, else the lowest one. So the example is the same on every platform.
+    label is NaN, else the greatest one. So the example is the same on every platform.
     """
     labels = labels.reshape(labels.shape + (1,) * (bad.ndim - labels.ndim))
     label = jnp.max(jnp.where(bad, labels, jnp.zeros((), labels.dtype)), initial=0)
     shown = bad & (labels == label)
     values = values.astype(jnp.float32)
-    value = jnp.min(jnp.where(shown, values, np.float32(np.inf)), initial=np.inf)
-    value = jnp.where(jnp.any(shown & (values == jnp.inf)), np.float32(np.inf), value)
+    value = jnp.max(jnp.where(shown, values, np.float32(-np.inf)), initial=-np.inf)
     value = jnp.where(jnp.any(shown & jnp.isnan(values)), np.float32(np.nan), value)
     fine = jnp.logical_not(jnp.any(bad))
     if isinstance(fine, jax.core.Tracer):
