@@ -14,7 +14,8 @@ from jax_centerloss._row_optimizer import check_transformation
 from jax_centerloss._rows import table
 
 Path = tuple[str | int, ...]
-_MARKS = (optax.EmptyState, optax.MaskedNode)  # Stand for a leaf of centers, and for any other.
+# The marks that stand for a leaf of centers, and for any other, and the names of their chains.
+_CHAINS = {optax.EmptyState: "centers", optax.MaskedNode: "model"}
 
 # Metadata by which the Variables of `nnx.CenterLoss` are told from those of other layers.
 OWNER = {"owner": "jax_centerloss.CenterLoss"}
@@ -107,10 +108,7 @@ def with_center_optimizer(
     chains = {"centers": center_tx, "model": tx}
 
     def split_by(marks: Any) -> optax.GradientTransformationExtraArgs:
-        def label(mark: Any) -> str:
-            return "centers" if isinstance(mark, optax.EmptyState) else "model"
-
-        labels = jax.tree.map(label, marks, is_leaf=lambda node: isinstance(node, _MARKS))
+        labels = jax.tree.map(lambda m: _CHAINS[type(m)], marks, is_leaf=lambda m: type(m) in _CHAINS)
         # The lambda is needed, since `labels` may be a callable module, and optax would call that.
         return optax.partition(chains, lambda _: labels)
 
@@ -197,17 +195,15 @@ def _find_centers(leaves: list[tuple[Path, Any]]) -> set[Path]:
             '`select=lambda path, leaf: path == ("center_loss", "centers")`.'
         )
     if not found:
-        reason = (
-            f"no parameter is known to belong to an nnx.CenterLoss; {_list_paths(named)} may be another "
-            "layer's (if they are the centers, for example in a Variable of your own, name them by `select`)"
-            if named
-            else 'no parameter is below a key "centers"'
-        )
+        reason = 'no parameter is below a key "centers"'
+        if named:
+            reason = "no parameter is known to belong to an nnx.CenterLoss; "
+            reason += f"{_list_paths(named)} may be another layer's parameters"
         raise ValueError(
             f"{reason}: this model has {_list_paths(path for path, _ in leaves)}. Put the center loss module "
-            "(or the dict from init_centers) into the tree that is optimized, or name the centers with "
-            'select. Centers that are state (centers_as="state") are not optimized: update_centers or a '
-            "row_optimizer moves them."
+            "(or the dict from init_centers) into the tree that is optimized. If the centers are in it, for "
+            "example in a Variable of your own, name them by `select`. Centers that are state "
+            '(centers_as="state") are not optimized: update_centers or a row_optimizer moves them.'
         )
     return set(found)
 
