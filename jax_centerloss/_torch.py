@@ -46,19 +46,17 @@ def from_torch(source: Source | Any, *, key: str = "centers") -> dict[str, jax.A
     """
     if isinstance(source, str | os.PathLike):
         source = _load(os.fspath(source), key)
+    name, tensor, ending = "source", source, "."
     if isinstance(source, Mapping):
         tensors = _flatten(source)
-        ending = f"; the state dict holds: {_list_tensors(tensors)}."
+        listed = _list_tensors(tensors)
         if key not in tensors:
             alike = [name for name in tensors if name.split(".")[-1] == key.split(".")[-1]]
             advice = f", perhaps `key={alike[0]!r}`" if alike else ""
             raise KeyError(
-                f"no {key!r} in the state dict, which holds: {_list_tensors(tensors)}. Name the centers with "
-                f"`key=`{advice}."
+                f"no {key!r} in the state dict, which holds: {listed}. Name the centers with `key=`{advice}."
             )
-        name, tensor = repr(key), tensors[key]
-    else:
-        name, tensor, ending = "source", source, "."
+        name, tensor, ending = repr(key), tensors[key], f"; the state dict holds: {listed}."
     _arrays.check_plain(name, tensor)
     try:
         array = _to_numpy(tensor)
