@@ -154,7 +154,7 @@ def as_weights(weights: ArrayLike, labels: ArrayLike, x: jax.Array, num_classes:
     advice = ""
     if given.shape == (num_classes,):
         look_up = "[jnp.asarray(labels)]"
-        if isinstance(labels, jax.Array) and placement.is_explicit(labels):
+        if isinstance(labels, jax.Array) and placement.mesh_of(labels) is not None:
             look_up = ".at[labels].get(out_sharding=jax.typeof(labels).sharding)"
         advice = f" If these are weights of classes, pass `jnp.asarray(weights){look_up}`."
     return _as_per_sample("weights", given, x, FEATURES, advice).astype(dtype)

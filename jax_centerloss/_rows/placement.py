@@ -56,11 +56,6 @@ def explicit_axes(mesh: AbstractMesh | Mesh) -> tuple[Any, ...]:
     return tuple(name for name, axis_type in types if axis_type is AxisType.Explicit)
 
 
-def is_explicit(array: jax.Array) -> bool:
-    mesh = mesh_of(array)
-    return mesh is not None and bool(explicit_axes(mesh))
-
-
 def sharding_of(array: jax.Array, *others: Any) -> NamedSharding | None:
     """The sharding in the type of `array`. If that names no mesh: replicated, on the mesh of `others`."""
     if mesh_of(array) is not None:
