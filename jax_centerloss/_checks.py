@@ -92,18 +92,17 @@ def as_scalar(name: str, value: Any, advice: str | None = None) -> float | jax.A
 
 
 def as_rounding_key(value: Any) -> jax.Array | None:
-    """Returns one PRNG key, new-style typed or legacy uint32. None stays None."""
+    """Returns one typed PRNG key, also of a legacy uint32 one. None stays None."""
     if value is None:
         return None
     keys = _arrays.as_array("rounding_key", value, KEY_ADVICE, "a PRNG key")
-    shape = keys.shape
-    found = f"of shape {shape}. {KEY_ADVICE}"
+    found = f"of shape {keys.shape}. {KEY_ADVICE}"
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
-        raw = jax.eval_shape(jax.random.PRNGKey, 0)
-        if keys.dtype != raw.dtype or shape[-1:] != raw.shape:
-            raise TypeError(f"rounding_key must be a PRNG key, got {keys.dtype.name} {found}")
-        shape = shape[:-1]
-    if shape:
+        try:
+            keys = jax.random.wrap_key_data(keys)
+        except TypeError as error:
+            raise TypeError(f"rounding_key must be a PRNG key, got {keys.dtype.name} {found}") from error
+    if keys.shape:
         raise ValueError(f"rounding_key must be one key, got keys {found}")
     return keys
 
@@ -166,12 +165,15 @@ def _as_size(name: str, value: Any) -> int:
     return size
 
 
-def check_declared_shape(centers: jax.Array, num_classes: int, feat_dim: int) -> None:
-    if centers.shape != (num_classes, feat_dim):
+def as_module_table(centers: Any, num_classes: int, feat_dim: int) -> jax.Array:
+    """`as_table` of a module's centers. Raises unless they have the shape that the module was made with."""
+    table = as_table(centers, "centers")
+    if table.shape != (num_classes, feat_dim):
         raise ValueError(
-            f"this is CenterLoss({num_classes}, {feat_dim}), but its centers have shape {centers.shape}. "
+            f"this is CenterLoss({num_classes}, {feat_dim}), but its centers have shape {table.shape}. "
             "Create the module with the num_classes and feat_dim of its centers."
         )
+    return table
 
 
 def check_module(

@@ -100,8 +100,7 @@ class CenterLoss(nn.Module):
         else:
             state = self.variable("centers", "centers", lambda: draw(self.make_rng("params")))
             centers = state.value
-        centers = _checks.as_table(centers)
-        _checks.check_declared_shape(centers, self.num_classes, self.feat_dim)
+        centers = _checks.as_module_table(centers, self.num_classes, self.feat_dim)
         axis_name = None if self.is_initializing() else self.axis_name
         own_loss = partial(_loss.center_loss, reduce_fn=self.reduce_fn, clip=self.clip, axis_name=axis_name)
         loss = own_loss(centers, x, labels, where=where, weights=weights)

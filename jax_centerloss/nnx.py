@@ -141,18 +141,15 @@ class CenterLoss(nnx.Module):
             super().__setattr__(name, value)
             return
         # The table gets the dtype of the present centers, and outside of `jit` their sharding.
-        new = _checks.as_table(value, "centers")
         old = self.centers[...]
-        _checks.check_declared_shape(new, *old.shape)
-        new = new.astype(old.dtype)
+        new = _checks.as_module_table(value, *old.shape).astype(old.dtype)
         if isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer):
             new = jax.device_put(new, old.sharding)
         nnx.update(self, {"centers": new})
 
     def _table(self) -> jax.Array:
-        centers = _checks.as_table(self.centers[...])  # By index, since the Variable may hold a `jax.Ref`.
-        _checks.check_declared_shape(centers, self.num_classes, self.feat_dim)
-        return centers
+        # By index, since the Variable may hold a `jax.Ref`.
+        return _checks.as_module_table(self.centers[...], self.num_classes, self.feat_dim)
 
     def __call__(
         self,
