@@ -41,8 +41,7 @@ def as_features(x: ArrayLike, centers: jax.Array, names: Names = FEATURES) -> ja
         advice += f" If you passed the centers as {names.x}: the order is {names.arguments}."
     given = _arrays.code_of(names.x, x)
     x = _arrays.as_array(names.x, x, advice)
-    advice = f"Cast it first: `{given}.astype(jnp.float32)`. {names.order}"
-    _checks.check_floating(x.dtype, names.x, advice, given)
+    _checks.check_floating(x.dtype, names.x, f"{_checks.cast_advice(x.dtype, given)} {names.order}")
     if x.ndim == 0 or x.shape[-1] != centers.shape[-1]:
         raise ValueError(
             f"{names.x} must have shape (..., D) with D = {centers.shape[-1]}, the feature size of the "

@@ -34,14 +34,16 @@ def as_after(after: Any) -> Any:
     return _arrays.as_arrays("after", after, "Pass the loss, or a tree of what is computed from the centers.")
 
 
-def check_floating(dtype: DTypeLike, name: str, advice: str | None = None, code: str | None = None) -> None:
-    """Raises unless `dtype` is floating point. In the advice `code` stands for the argument, or its name."""
+def check_floating(dtype: DTypeLike, name: str, advice: str) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
-        code = code or name
-        if jnp.issubdtype(dtype, jnp.complexfloating):
-            advice = f"Pass real and imaginary parts: `jnp.concatenate([{code}.real, {code}.imag], axis=-1)`."
-        advice = advice or f"Cast it first, for example `{code}.astype(jnp.float32)`."
         raise TypeError(f"{name} must be floating point, got {jnp.dtype(dtype).name}. {advice}")
+
+
+def cast_advice(dtype: DTypeLike, code: str) -> str:
+    """How to make floats of an array of another dtype, for which `code` stands."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return f"Pass real and imaginary parts: `jnp.concatenate([{code}.real, {code}.imag], axis=-1)`."
+    return f"Cast it first: `{code}.astype(jnp.float32)`."
 
 
 def as_table(params: Any, name: str = "params", advice: str = "") -> jax.Array:
@@ -71,7 +73,7 @@ def as_table(params: Any, name: str = "params", advice: str = "") -> jax.Array:
         raise ValueError(
             f"{shown} must have shape (C, D) with at least one class and one feature, got {centers.shape}."
         )
-    check_floating(centers.dtype, "centers")
+    check_floating(centers.dtype, "centers", cast_advice(centers.dtype, "centers"))
     return centers
 
 
