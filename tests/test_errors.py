@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_centerloss as jcl
 
@@ -174,7 +176,7 @@ SOUND = {
     "x": X[:3],
     "labels": np.array([0, 2, 1]),
     "where": np.ones(3, bool),
-    "weights": np.ones(3, np.float32),
+    "weights": np.float32([0.5, 1, 2]),
 }
 found_in_a_batch = error_of(jcl.check_batch)
 unseen_in_a_batch = jax.jit(jcl.check_batch)
@@ -191,6 +193,39 @@ def test_check_batch_names_what_is_wrong(fault, words):
     for unused in (SOUND, batch | masked, batch | weightless):
         assert jcl.check_batch(**unused) is None
         assert found_in_a_batch(**unused) is None
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_sharding_that_does_not_fit_is_refused(kind):
+    mesh = jax.make_mesh((2, 4), ("data", "classes"), axis_types=(kind, kind))
+    by_class = P(("data", "classes"), None)
+    init = functools.partial(jcl.init_centers, jax.random.key(0))
+    on_mesh = functools.partial(NamedSharding, mesh)
+    three = P("classes", None, "data")
+    refused = {
+        r"num_classes=1001 is not divisible by the 8 shards.*Round it up to 1008\. The": (
+            1001,
+            8,
+            on_mesh(by_class),
+        ),
+        r"feat_dim=7 is not divisible by the 2 shards.*Round it up to 8\.$": (
+            64,
+            7,
+            on_mesh(P(None, "data")),
+        ),
+        r"num_classes=7 is not divisible by the 2 shards": (7, 8, on_mesh(P("data"))),
+        r"needs a mesh: make the centers under `jax.set_mesh": (64, 8, by_class),
+        r"\('classes', None, 'data'\) has 3 entries, .* two dimensions": (64, 8, on_mesh(three)),
+    }
+    for words, (classes, dim, out_sharding) in refused.items():
+        with pytest.raises(ValueError, match=words):
+            init(classes, dim, out_sharding=out_sharding)
+    words = r"out_sharding must be a .*PartitionSpec or NamedSharding, or .*Format, got 'classes'"
+    with pytest.raises(TypeError, match=words):
+        init(64, 8, out_sharding="classes")
+    words = r"names \['rows'\], but the mesh has axes \['data', 'classes'\]"
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=words):
+        init(64, 8, out_sharding=P("rows", None))
 
 
 def test_check_batch_of_nothing_and_under_debug_nans():

@@ -61,27 +61,6 @@ def test_no_device_holds_more_than_its_share_of_the_work(mesh):
     assert part.temp_size_in_bytes <= whole.temp_size_in_bytes / 8 + 4096
 
 
-def test_what_does_not_fit_is_refused(mesh):
-    init = partial(jcl.init_centers, jax.random.key(0))
-    on_mesh = partial(NamedSharding, mesh)
-    three = P("classes", None, "data")
-    refused = {
-        r"num_classes=1001 is not divisible by the 8 shards.*Round it up to 1008": (1001, D, on_mesh(SPEC)),
-        r"feat_dim=7 is not divisible by the 2 shards.*Round it up to 8": (C, 7, on_mesh(P(None, "data"))),
-        r"needs a mesh: make the centers under `jax.set_mesh": (C, D, SPEC),
-        r"\('classes', None, 'data'\) has 3 entries, .* two dimensions": (C, D, on_mesh(three)),
-    }
-    for words, (classes, dim, out_sharding) in refused.items():
-        with pytest.raises(ValueError, match=words):
-            init(classes, dim, out_sharding=out_sharding)
-    words = r"out_sharding must be a .*PartitionSpec or NamedSharding, or .*Format, got 'classes'"
-    with pytest.raises(TypeError, match=words):
-        init(C, D, out_sharding="classes")
-    words = r"names \['rows'\], but the mesh has axes \['data', 'classes'\]"
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match=words):
-        init(C, D, out_sharding=P("rows", None))
-
-
 def batch(mesh=None):
     rng = np.random.default_rng(0)
     arrays = rng.normal(size=(N, D)).astype(np.float32), rng.integers(0, C, N).astype(np.int32)
