@@ -19,7 +19,7 @@ class Names(NamedTuple):
     order: str = "Labels come after it: (params, x, labels)."
     arguments: str = "(params, x), or (params, x, labels)"
     advice: str = "Pass the features `(..., D)` alone, not a tuple of all outputs of the model."
-    mismatch: str = "Pass one label for each sample of this batch."
+    mismatch: str = "Pass one label for each sample of this batch, in the order (params, x, labels)."
 
 
 FEATURES = Names()

@@ -69,9 +69,10 @@ def as_table(params: Any, name: str = "params", advice: str = "") -> jax.Array:
     mend = 'Pass the (C, D) centers. A Linen module holds none: pass its `variables["params"]`.'
     centers = _arrays.as_array(f"the leaf of {name}", leaf, mend)
     if centers.ndim != 2 or 0 in centers.shape:
-        shown = "centers" if name == "params" else name
+        shown, order = ("centers", " They come first.") if name == "params" else (name, "")
         raise ValueError(
             f"{shown} must have shape (C, D) with at least one class and one feature, got {centers.shape}."
+            f"{order}"
         )
     check_floating(centers.dtype, "centers", cast_advice(centers.dtype, "centers"))
     return centers
