@@ -47,8 +47,7 @@ def distance_map(params: Any, x: ArrayLike, *, precision: lax.PrecisionLike = "h
     """
     centers = _checks.as_table(params)
     x = _batch.as_features(x, centers)
-    distances: jax.Array = squared_distances_to(centers, x, precision=precision)
-    return distances
+    return squared_distances_to(centers, x, precision=precision)
 
 
 def _map_sharding(centers: jax.Array, x: jax.Array) -> NamedSharding | None:

@@ -87,8 +87,7 @@ def center_metrics(
     batch = _batch.as_batch(x, labels, where, weights, centers)
     if previous is not None:
         previous = _checks.as_previous_table(params, previous, centers)
-    metrics: dict[str, jax.Array] = _compute_metrics(centers, batch, previous, axis_name=axis_name)
-    return metrics
+    return _compute_metrics(centers, batch, previous, axis_name=axis_name)
 
 
 @placement.jit_on_auto_axes(placement.replicated_sharding, static_argnames="axis_name")

@@ -50,7 +50,9 @@ def group(labels: jax.Array, num_classes: int, platform: str) -> Groups:
         return Groups(classes, partial(_sum_by_scattering, num_classes, labels), whole_table=True)
     if platform == "gpu":
         sorted_labels, order = _sort_by_class(labels)
-        classes = jnp.where(_starts_run(sorted_labels), sorted_labels, NO_CLASS)
+        # The first sample of each class names it. Labels are not negative, so the very first differs from -1.
+        is_first = jnp.diff(sorted_labels, prepend=-1) != 0
+        classes = jnp.where(is_first, sorted_labels, NO_CLASS)
         return Groups(classes, partial(_sum_sorted, sorted_labels, order), whole_table=False)
     slots = _slot_of_sample(labels, platform)
     # A slot is the position of the last sample of its class. Other positions name no class: if one stood
@@ -107,23 +109,7 @@ def _masked_sum(mask: jax.Array, values: jax.Array) -> jax.Array:
 
 def _sort_by_class(labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The sorted labels, and the order that sorts them. Samples without a class are the last ones."""
-    position = jnp.arange(labels.size, dtype=jnp.int32)
-    sorted_labels, order = lax.sort((labels, position), num_keys=1)
-    return sorted_labels, order
-
-
-def _starts_run(sorted_labels: jax.Array) -> jax.Array:
-    """Whether a label is the first one of its run of equal labels."""
-    return jnp.concatenate([jnp.ones_like(sorted_labels[:1], jnp.bool_), _changes(sorted_labels)])
-
-
-def _ends_run(sorted_labels: jax.Array) -> jax.Array:
-    """Whether a label is the last one of its run of equal labels."""
-    return jnp.concatenate([_changes(sorted_labels), jnp.ones_like(sorted_labels[:1], jnp.bool_)])
-
-
-def _changes(sorted_labels: jax.Array) -> jax.Array:
-    return sorted_labels[1:] != sorted_labels[:-1]
+    return lax.sort_key_val(labels, jnp.arange(labels.size, dtype=jnp.int32))
 
 
 def _sum_sorted(sorted_labels: jax.Array, order: jax.Array, values: jax.Array) -> jax.Array:
@@ -187,11 +173,12 @@ def _last_by_sorting(labels: jax.Array) -> jax.Array:
     """The position of the last sample of the same class, by sorting."""
     sorted_labels, order = _sort_by_class(labels)
     position = jnp.arange(labels.size, dtype=jnp.int32)
-    # A sample's run ends at the next position, its own included, where `_ends_run` holds. The sort is
-    # stable, so that the last sample of a run is also the last one of its class in the batch.
-    end = lax.cummin(jnp.where(_ends_run(sorted_labels), position, NO_SLOT), reverse=True)
+    # A sample's run of equal labels ends at the next position, its own included, where `is_last` holds. The
+    # sort is stable, so that the last sample of a run is also the last one of its class in the batch.
+    is_last = jnp.diff(sorted_labels, append=-1) != 0
+    end = lax.cummin(jnp.where(is_last, position, NO_SLOT), reverse=True)
     last = order.at[end].get(mode="promise_in_bounds")
-    return lax.sort((order, last), num_keys=1)[1]
+    return lax.sort_key_val(order, last)[1]
 
 
 def _last_by_hashing(labels: jax.Array) -> jax.Array:
