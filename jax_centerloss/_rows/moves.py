@@ -79,9 +79,15 @@ def move_rows(
     """
     batch = groups.group(samples.classes, rows.shape[0], platform)
     if platform == "gpu":
-        sums, counts = _sum_on_gpu(samples, batch)
+        # Values and counts are summed in one pass. The barrier keeps the values in memory. Otherwise XLA
+        # computes them again after the table is written, and for that keeps a copy of the old table.
+        values = lax.optimization_barrier(samples.values)
+        if samples.kept is not None:
+            values = jnp.where(samples.kept[:, None], values, jnp.zeros((), values.dtype))
+        both = batch.sum(jnp.concatenate([values, samples.counted[:, None]], axis=1))
+        sums, counts = both[:, :-1], both[:, -1]
     else:
-        counts = batch.sum(samples.counted)
+        sums, counts = batch.sum(samples.values, kept=samples.kept), batch.sum(samples.counted)
     factor = scale(counts)
     batch = batch._replace(classes=table.classes_where((counts != 0) & samples.ready, batch.classes))
 
@@ -93,11 +99,10 @@ def move_rows(
     num_slots = batch.classes.shape[0]
     many_slots = in_blocks and groups.known_at_most(size + 1, num_slots)
     if platform != "cpu" or batch.whole_table or not many_slots:
-        if platform != "gpu":
-            sums = batch.sum(samples.values, kept=samples.kept)
         return update(rows, state, batch, sums, factor)
 
-    # Blocks of slots are updated one after the other, so that their sums stay in the cache of a CPU.
+    # Blocks of slots are updated one after the other, so that their sums stay in the cache of a CPU. The sums
+    # of all slots at once are not used then, and XLA leaves them out.
     num_blocks = -(-num_slots // size)
     padding = num_blocks * size - num_slots
     classes = jnp.pad(batch.classes, (0, padding), constant_values=NO_CLASS)
@@ -118,14 +123,3 @@ def move_rows(
     # axes before an iteration and after it.
     moved: Moved = lax.fori_loop(1, num_blocks, update_block, update_block(0, (rows, state)))
     return moved
-
-
-def _sum_on_gpu(samples: Samples, batch: Groups) -> tuple[jax.Array, jax.Array]:
-    """The sums of values `(S, D)` and the counts `(S,)`, in one pass."""
-    # The barrier keeps the values in memory. Otherwise XLA computes them again after the table is written,
-    # and for that keeps a copy of the old table.
-    values = lax.optimization_barrier(samples.values)
-    if samples.kept is not None:
-        values = jnp.where(samples.kept[:, None], values, jnp.zeros((), values.dtype))
-    both = batch.sum(jnp.concatenate([values, samples.counted[:, None]], axis=1))
-    return both[:, :-1], both[:, -1]
