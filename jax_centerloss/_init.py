@@ -74,7 +74,7 @@ def init_centers(
     sharding = out.sharding if isinstance(out, Format) else out
     if isinstance(sharding, NamedSharding):  # JAX checks any other sharding of a `Format`.
         _check_shards(sharding, shape)
-        explicit = placement.explicit_axes(sharding.mesh)
+        explicit = sharding.mesh.explicit_axes
         if explicit:
             # Under Explicit axes each device would hold the intermediate results as full tables.
             draw = jax.sharding.auto_axes(draw, axes=explicit, out_sharding=sharding)

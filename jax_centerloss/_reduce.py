@@ -47,11 +47,6 @@ def _squared_distance_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.A
     return squared_distance(*primals), 2 * jnp.sum(difference * d_difference, axis=-1)
 
 
-def count(used: jax.Array, axis_name: AxisName = None) -> jax.Array:
-    """The number of used samples, over `axis_name` too if there is one."""
-    return _psum(jnp.sum(used, dtype=jnp.int32), axis_name)
-
-
 def reduce(
     values: jax.Array,
     used: jax.Array,

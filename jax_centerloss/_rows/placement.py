@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
@@ -51,11 +51,6 @@ def mesh_axes(entry: Any) -> tuple[Any, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def explicit_axes(mesh: AbstractMesh | Mesh) -> tuple[Any, ...]:
-    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, axis_type in types if axis_type is AxisType.Explicit)
-
-
 def sharding_of(array: jax.Array, *others: Any) -> NamedSharding | None:
     """The sharding in the type of `array`. If that names no mesh: replicated, on the mesh of `others`."""
     if mesh_of(array) is not None:
@@ -79,7 +74,7 @@ def replicated_sharding(*arrays: Any) -> NamedSharding | None:
 
 def reshard(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     """Reshards `array` on Explicit axes. On Auto axes XLA chooses, and `array` is returned as it is."""
-    if not explicit_axes(sharding.mesh):
+    if not sharding.mesh.explicit_axes:
         return array
     resharded: jax.Array = jax.sharding.reshard(array, sharding)
     return resharded
@@ -108,7 +103,7 @@ def jit_on_auto_axes(out_shardings_fn: Callable[..., Any], **jit_options: Any) -
         def program(*arrays: Any, **static: Any) -> Any:
             call: Any = partial(function, **static)
             mesh = mesh_of(*jax.tree.leaves(arrays))
-            explicit = () if mesh is None else explicit_axes(mesh)
+            explicit = () if mesh is None else mesh.explicit_axes
             if explicit:
                 call = jax.sharding.auto_axes(call, axes=explicit, out_sharding=out_shardings_fn(*arrays))
             return call(*arrays)

@@ -5,7 +5,6 @@ tables. The transformation sees `{"centers": rows}`.
 """
 
 import itertools
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -49,7 +48,7 @@ def place_state(state: Any, rows: jax.Array) -> Any:
     return jax.tree.map(place, state)
 
 
-def _place_leaf(leaf: Any, rows: jax.Array) -> Any:
+def _place_leaf(leaf: Any, rows: Any) -> Any:  # `jax.Array` has no type for `format`.
     """A scalar is replicated on the devices of the rows. A table gets their memory layout."""
     if any(isinstance(a, jax.core.Tracer) or not isinstance(a, jax.Array) for a in (leaf, rows)):
         return leaf
@@ -57,9 +56,10 @@ def _place_leaf(leaf: Any, rows: jax.Array) -> Any:
         return jax.device_put(leaf, NamedSharding(rows.sharding.mesh, P()))
     if leaf.shape != rows.shape:
         return leaf
-    order_of: Any = operator.attrgetter("format.layout.major_to_minor")  # `jax.Array` does not type it.
-    order = order_of(rows)
-    return leaf if order_of(leaf) == order else jax.device_put(leaf, Format(Layout(order), leaf.sharding))
+    order = rows.format.layout.major_to_minor
+    if leaf.format.layout.major_to_minor == order:
+        return leaf
+    return jax.device_put(leaf, Format(Layout(order), leaf.sharding))
 
 
 def compute_steps(
