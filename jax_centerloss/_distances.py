@@ -78,9 +78,8 @@ def squared_distances_to(centers: jax.Array, x: jax.Array, *, precision: lax.Pre
     centers = jnp.where(finite[:, None], centers, jnp.zeros((), x.dtype))
     cross = jnp.einsum("...d,cd->...c", x, centers, precision=precision)
     leading = (1,) * (x.ndim - 1)
-    distances = (
-        jnp.sum(x * x, -1, keepdims=True) + jnp.sum(centers * centers, -1).reshape(*leading, -1) - 2 * cross
-    )
+    center_norms = jnp.sum(centers * centers, -1).reshape(*leading, -1)
+    distances = jnp.sum(x * x, -1, keepdims=True) + center_norms - 2 * cross
     # Rounding can make a distance negative. NaN is not below 0, and stays.
     distances = jnp.where(distances < 0, jnp.zeros((), distances.dtype), distances)
     finite = _all_finite(x)[..., None] & finite.reshape(*leading, -1)
@@ -138,19 +137,13 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
       [0, 1]
     """
     centers = _checks.as_table(params)
-    labels: jax.Array = _nearest(centers, _batch.as_features(x, centers))
-    return labels
-
-
-@jax.jit
-def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
-    sharding, label_sharding = _map_sharding(centers, x), placement.per_sample_sharding(x, centers)
+    placed = x = _batch.as_features(x, centers)
+    sharding = _map_sharding(centers, x)
     if sharding is not None:
         # If both are sharded over the same mesh axis, the samples are resharded here. XLA might otherwise
         # reshard the classes, in every block.
-        x = placement.reshard(x, NamedSharding(sharding.mesh, P(*sharding.spec[:-1], None)))
-    labels: jax.Array = _nearest_in_blocks(centers, x)
-    return labels if label_sharding is None else placement.reshard(labels, label_sharding)
+        placed = placement.reshard(x, NamedSharding(sharding.mesh, P(*sharding.spec[:-1], None)))
+    return placement.reshard_like_samples(_nearest_in_blocks(centers, placed), x)
 
 
 @placement.jit_on_auto_axes(lambda centers, x: placement.per_sample_sharding(x, centers))
@@ -164,7 +157,7 @@ def _nearest_in_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
     block = min(length, max(1, _CLASS_BLOCK // stripes))
     offsets = jnp.arange(stripes, dtype=jnp.int32) * length
 
-    def nearest_in_stripes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def nearest_in_stripes(x: jax.Array) -> Any:
         """The least score in each stripe of classes, and its class, `(..., stripes)`."""
         x = _subtract(x, origin)
         leading = (1,) * (x.ndim - 1)
@@ -177,24 +170,18 @@ def _nearest_in_blocks(centers: jax.Array, x: jax.Array) -> jax.Array:
             # |x - c|² without |x|², which is the same for every class and would only add rounding errors.
             score = jnp.sum(part * part, -1).reshape(*leading, stripes, block) - 2 * cross
             score = jnp.where(jnp.isnan(score), jnp.full((), jnp.inf, score.dtype), score)
-            index = jnp.argmin(score, axis=-1).astype(jnp.int32) + (offsets + start).reshape(
-                *leading, stripes
-            )
-            value = jnp.min(score, axis=-1)
+            index = jnp.argmin(score, -1).astype(jnp.int32) + (offsets + start).reshape(*leading, stripes)
+            value = jnp.min(score, -1)
             return jnp.where(value < best[0], value, best[0]), jnp.where(value < best[0], index, best[1])
 
         shape = *x.shape[:-1], stripes
         initial = jnp.full(shape, jnp.inf, x.dtype), jnp.full(shape, -1, jnp.int32)
         # The first block is scanned before the loop: `shard_map` requires that a carry varies over the same
         # mesh axes before an iteration and after it.
-        best: tuple[jax.Array, jax.Array] = lax.fori_loop(
-            1, -(-length // block), scan_block, scan_block(0, initial)
-        )
-        return best
+        return lax.fori_loop(1, -(-length // block), scan_block, scan_block(0, initial))
 
-    value, labels = _blocks.map_in_blocks(
-        nearest_in_stripes, stripes * block, placement.mesh_of(centers, x), x
-    )
+    mesh = placement.mesh_of(centers, x)
+    value, labels = _blocks.map_in_blocks(nearest_in_stripes, stripes * block, mesh, x)
     nearest = value == jnp.min(value, axis=-1, keepdims=True)
     label = jnp.min(jnp.where(nearest, labels, np.int32(centers.shape[0])), axis=-1)
     return jnp.where(_all_finite(x), label, np.int32(-1))

@@ -1,7 +1,7 @@
 """The squared distance of a sample to its center, and sums and means over the samples of a batch."""
 
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,6 @@ from jax_centerloss._rows import groups, placement
 from jax_centerloss._rows.placement import AxisName
 
 _FEW_FEATURES = 4  # Up to this many are summed one by one, if D is not symbolic.
-
-T = TypeVar("T")
 
 
 @jax.custom_jvp
@@ -99,6 +97,5 @@ def _weighted(values: jax.Array, used: jax.Array, weights: Weights) -> jax.Array
     return values if weights is None else values * weights.astype(values.dtype)
 
 
-def _psum(totals: T, axis_name: AxisName) -> T:
-    result: T = totals if axis_name is None else lax.psum(totals, axis_name)
-    return result
+def _psum(totals: Any, axis_name: AxisName) -> Any:
+    return totals if axis_name is None else lax.psum(totals, axis_name)

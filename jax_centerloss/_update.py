@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jax_centerloss import _batch, _checks, _rules
 from jax_centerloss._batch import Batch, Given
 from jax_centerloss._rows import moves, placement, rounding
+from jax_centerloss._rows.moves import Moved
 from jax_centerloss._rows.placement import AxisName
 from jax_centerloss._rows.rounding import Seed
 from jax_centerloss._rules import Rule
@@ -100,7 +101,7 @@ def _shardings(held: Any, *others: Any) -> Any:
     return jax.tree.map(lambda leaf: placement.sharding_of(leaf, held, *others), held)
 
 
-def jit_move(step: Callable[..., Any] | None = None) -> Callable[..., Any]:
+def jit_move(step: Callable[..., Moved] | None = None) -> Callable[..., Moved]:
     """Jits a move of the centers: by a rule, or by a row optimizer's `step`, a partial of `moves.move_rows`.
 
     Each row optimizer gets a program of its own, which is freed with it. One program for all would keep each
@@ -137,9 +138,9 @@ def move(
     after: Any,
     rounding_key: Any,
     *,
-    program: Callable[..., Any] = _move_by_rule,
+    program: Callable[..., Moved] = _move_by_rule,
     stop_gradient: bool = False,
-) -> tuple[jax.Array, Any]:
+) -> Moved:
     """Moves a checked table of centers by a rule, or without a rule by the gradients in place of features.
 
     `program` is what `jit_move` returns. The state is that of its optimizer; a rule has none, `()`.
@@ -149,5 +150,4 @@ def move(
     if stop_gradient:
         centers, batch, rule, after = lax.stop_gradient((centers, batch, rule, after))
     seed = rounding.seed_of(_checks.as_rounding_key(rounding_key), centers, state)
-    moved: tuple[jax.Array, Any] = program((centers, state), batch, rule, after, seed, axis_name=axis_name)
-    return moved
+    return program((centers, state), batch, rule, after, seed, axis_name=axis_name)

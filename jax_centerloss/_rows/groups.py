@@ -46,7 +46,8 @@ def group(labels: jax.Array, num_classes: int, platform: str) -> Groups:
         # Inside of `shard_map` the classes have to vary over the same mesh axes as the labels.
         classes = jnp.arange(num_classes, dtype=jnp.int32) + jnp.zeros_like(labels, shape=(num_classes,))
         if platform == "gpu":
-            return Groups(classes, partial(_sum_by_masking, labels, classes), whole_table=False)
+            mask = labels[None] == classes[:, None]
+            return Groups(classes, lambda values: _masked_sum(mask, values[None]), whole_table=False)
         return Groups(classes, partial(_sum_by_scattering, num_classes, labels), whole_table=True)
     if platform == "gpu":
         sorted_labels, order = _sort_by_class(labels)
@@ -87,11 +88,6 @@ def _sum_by_scattering(
     slots = slots if kept is None else jnp.where(kept, slots, NO_SLOT)
     # `segment_sum` drops slots that are negative or beyond the block.
     return jax.ops.segment_sum(values, slots - first, size)
-
-
-def _sum_by_masking(labels: jax.Array, classes: jax.Array, values: jax.Array) -> jax.Array:
-    """Sums `(N, K)` values: each of the classes sums a masked copy of all of them."""
-    return _masked_sum(labels[None] == classes[:, None], values[None])
 
 
 def _masked_sum(mask: jax.Array, values: jax.Array) -> jax.Array:

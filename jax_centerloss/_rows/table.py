@@ -83,8 +83,7 @@ def _gather_tangent(
             return gradients
         return by_class.sum(gradients.reshape(-1, gradients.shape[-1]))
 
-    (gathered,) = jax.linear_transpose(replicate_and_sum, rows)(class_rows)
-    return gathered
+    return jax.linear_transpose(replicate_and_sum, rows)(class_rows)[0]
 
 
 def evenly_spaced_rows(table: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
