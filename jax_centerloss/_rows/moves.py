@@ -121,5 +121,4 @@ def move_rows(
 
     # The first block is updated before the loop: `shard_map` requires that a carry varies over the same mesh
     # axes before an iteration and after it.
-    moved: Moved = lax.fori_loop(1, num_blocks, update_block, update_block(0, (rows, state)))
-    return moved
+    return lax.fori_loop(1, num_blocks, update_block, update_block(0, (rows, state)))

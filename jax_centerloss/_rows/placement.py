@@ -26,13 +26,12 @@ def call_for_platform(function: Callable[..., T], *arrays: Any) -> T:
         # JAX before 0.10 can't differentiate `lax.platform_dependent` on Explicit axes. On a mesh the default
         # backend is taken as the platform.
         return function(*arrays, platform=jax.default_backend())
-    result: T = lax.platform_dependent(
+    return lax.platform_dependent(
         *arrays,
         cpu=partial(function, platform="cpu"),
         tpu=partial(function, platform="tpu"),
         default=partial(function, platform="gpu"),
     )
-    return result
 
 
 def mesh_of(*arrays: ArrayLike) -> AbstractMesh | None:
@@ -54,8 +53,7 @@ def mesh_axes(entry: Any) -> tuple[Any, ...]:
 def sharding_of(array: jax.Array, *others: Any) -> NamedSharding | None:
     """The sharding in the type of `array`. If that names no mesh: replicated, on the mesh of `others`."""
     if mesh_of(array) is not None:
-        sharding: NamedSharding = jax.typeof(array).sharding
-        return sharding
+        return jax.typeof(array).sharding
     mesh = mesh_of(*jax.tree.leaves(others))
     return None if mesh is None else NamedSharding(mesh, P(*(None,) * array.ndim))
 
@@ -76,8 +74,7 @@ def reshard(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     """Reshards `array` on Explicit axes. On Auto axes XLA chooses, and `array` is returned as it is."""
     if not sharding.mesh.explicit_axes:
         return array
-    resharded: jax.Array = jax.sharding.reshard(array, sharding)
-    return resharded
+    return jax.sharding.reshard(array, sharding)
 
 
 def reshard_like_samples(array: jax.Array, x: jax.Array) -> jax.Array:
@@ -168,5 +165,4 @@ def _all_gather(array: jax.Array, axis_name: AxisName) -> jax.Array:
     returns it knows this only with `to=`, which JAX 0.7 does not have.
     """
     parts = jnp.zeros((lax.psum(1, axis_name), *array.shape), array.dtype)
-    gathered: jax.Array = lax.psum(parts.at[lax.axis_index(axis_name)].set(array), axis_name)
-    return gathered
+    return lax.psum(parts.at[lax.axis_index(axis_name)].set(array), axis_name)
