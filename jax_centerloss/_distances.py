@@ -137,8 +137,13 @@ def nearest_center(params: Any, x: ArrayLike) -> jax.Array:
       [0, 1]
     """
     centers = _checks.as_table(params)
-    placed = x = _batch.as_features(x, centers)
+    return _nearest(centers, _batch.as_features(x, centers))
+
+
+@jax.jit  # Outside of `jit` an array on one device can't be resharded to a mesh.
+def _nearest(centers: jax.Array, x: jax.Array) -> jax.Array:
     sharding = _map_sharding(centers, x)
+    placed = x
     if sharding is not None:
         # If both are sharded over the same mesh axis, the samples are resharded here. XLA might otherwise
         # reshard the classes, in every block.
