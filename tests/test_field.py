@@ -151,19 +151,6 @@ def test_lambda_warmed_up_from_zero(samples, own):
         np.testing.assert_allclose(params["centers"], want["centers"], rtol=1e-4)
 
 
-def test_lambda_that_returns_to_zero_leaves_centers_at_rest():
-    # Momentum and weight decay would carry them on.
-    own = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.5, momentum=0.9))
-    tx = jcl.with_center_optimizer(optax.sgd(0.1), own, weight=lambda n: jnp.where(n < 1, 0.5, 0.0))
-    params, update = {"centers": jnp.ones((C, 2))}, jax.jit(tx.update)
-    updates, state = update(params, tx.init(params), params)
-    assert np.all(updates["centers"] != 0)
-    updates, after = update(params, state, params)
-    np.testing.assert_array_equal(updates["centers"], np.zeros((C, 2)))
-    traces = (optax.tree_utils.tree_get(one, "trace")["centers"] for one in (state, after))
-    np.testing.assert_array_equal(*traces)
-
-
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_lambda_of_any_type_divides_tables_of_every_dtype(jit):
     # 1 / 1e-5 is infinite in float16.

@@ -4,6 +4,7 @@ import itertools
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -161,3 +162,16 @@ def test_the_recipe_moves_centers_the_same_at_every_lambda(rng):
         expected = expected - 0.5 * step
     for lam in (1.0, 0.1, 5e-4, 1e-6):
         np.testing.assert_allclose(run(start, np.float32(lam)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_lambda_that_returns_to_zero_leaves_centers_at_rest():
+    # Momentum and weight decay would carry them on.
+    own = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.5, momentum=0.9))
+    tx = jcl.with_center_optimizer(optax.sgd(0.1), own, weight=lambda n: jnp.where(n < 1, 0.5, 0.0))
+    params, update = {"centers": jnp.ones((3, 2))}, jax.jit(tx.update)
+    updates, state = update(params, tx.init(params), params)
+    assert np.all(updates["centers"] != 0)
+    updates, after = update(params, state, params)
+    np.testing.assert_array_equal(updates["centers"], np.zeros((3, 2)))
+    traces = (optax.tree_utils.tree_get(one, "trace")["centers"] for one in (state, after))
+    np.testing.assert_array_equal(*traces)
