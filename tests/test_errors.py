@@ -220,6 +220,7 @@ def test_a_sharding_that_does_not_fit_is_refused(kind):
     for words, (classes, dim, out_sharding) in refused.items():
         with pytest.raises(ValueError, match=words):
             init(classes, dim, out_sharding=out_sharding)
+    assert init(64, 8, out_sharding=on_mesh(P("classes")))["centers"].shape == (64, 8)  # One entry will do.
     words = r"out_sharding must be a .*PartitionSpec or NamedSharding, or .*Format, got 'classes'"
     with pytest.raises(TypeError, match=words):
         init(64, 8, out_sharding="classes")
