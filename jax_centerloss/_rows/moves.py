@@ -87,7 +87,7 @@ def move_rows(
         both = batch.sum(jnp.concatenate([values, samples.counted[:, None]], axis=1))
         sums, counts = both[:, :-1], both[:, -1]
     else:
-        sums, counts = batch.sum(samples.values, kept=samples.kept), batch.sum(samples.counted)
+        counts = batch.sum(samples.counted)
     factor = scale(counts)
     batch = batch._replace(classes=table.classes_where((counts != 0) & samples.ready, batch.classes))
 
@@ -99,10 +99,11 @@ def move_rows(
     num_slots = batch.classes.shape[0]
     many_slots = in_blocks and groups.known_at_most(size + 1, num_slots)
     if platform != "cpu" or batch.whole_table or not many_slots:
+        if platform != "gpu":
+            sums = batch.sum(samples.values, kept=samples.kept)
         return update(rows, state, batch, sums, factor)
 
-    # Blocks of slots are updated one after the other, so that their sums stay in the cache of a CPU. The sums
-    # of all slots at once are not used then, and XLA leaves them out.
+    # Blocks of slots are updated one after the other, so that their sums stay in the cache of a CPU.
     num_blocks = -(-num_slots // size)
     padding = num_blocks * size - num_slots
     classes = jnp.pad(batch.classes, (0, padding), constant_values=NO_CLASS)
