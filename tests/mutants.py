@@ -203,8 +203,8 @@ class Server:
 
     def test(self, path, marks):
         """The code that pytest ends with, its seconds and its first failure; tests named as `path` first."""
-        word = path.stem.strip("_")
-        word = WORDS.get(word, word)
+        module = path.stem.strip("_")
+        word = WORDS.get(module, module)
         files = sorted(
             (ROOT / "tests").glob("test_*.py"),
             key=lambda file: (word not in file.name, file.name not in STRONGEST, file.name),
