@@ -73,7 +73,8 @@ def _run_trial(tx: GradientTransformation) -> tuple[str | None, bool]:
         noise = rng.normal(size=(len(touched), _FEAT_DIM)).astype(np.float32)
         gradient[touched] = size * (base_gradient[touched] + 0.5 * noise)
         touched_rows = jnp.array(touched, jnp.int32)
-        expected = [disturbed_step(rows, state, touched_rows, gradient, offset) for offset in (0.0, 1e6)]
+        offsets = jnp.array([0.0, 1e6])
+        expected = [disturbed_step(rows, state, touched_rows, gradient, offset) for offset in offsets]
         # NaN in the gradient of the first row: a norm over rows would spread it to the others.
         with_nan = gradient[touched]
         with_nan[0] = np.nan
