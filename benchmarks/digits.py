@@ -18,7 +18,7 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import digits
 
-STEPS = 200  # In one compiled scan, as in the example's epochs.
+SAMPLES = 12_800  # In one compiled scan, as in the example's epochs.
 
 
 class Nothing(nnx.Module):
@@ -29,7 +29,7 @@ class Nothing(nnx.Module):
 
 
 def prepare(centers: str, width: int, batch: int) -> Callable[[], None]:
-    """What runs `STEPS` steps."""
+    """What runs a scan of steps."""
     args = argparse.Namespace(centers=centers, lr=0.1, alpha=0.5)
     model = digits.Model(2, centers, rngs=nnx.Rngs(0))
     model.hidden1, model.hidden2 = (nnx.Linear(n, width, rngs=nnx.Rngs(1)) for n in (64, width))
@@ -43,8 +43,8 @@ def prepare(centers: str, width: int, batch: int) -> Callable[[], None]:
     graphdef, state = nnx.split((model, optimizer))
     rng = np.random.default_rng(0)
     x, y = jnp.asarray(rng.random((1347, 64)), jnp.float32), jnp.asarray(rng.integers(0, 10, 1347), jnp.int32)
-    order = jnp.asarray(rng.integers(0, 1347, (STEPS, batch)))
-    lams = jnp.full(STEPS, 0.1, jnp.float32)
+    order = jnp.asarray(rng.integers(0, 1347, (SAMPLES // batch, batch)))
+    lams = jnp.full(len(order), 0.1, jnp.float32)
     program = digits.make_epoch(args).lower(graphdef, state, x, y, order, lams).compile()
     held = [state]
 
@@ -69,7 +69,7 @@ def main() -> None:
             for kind, run in runs.items():
                 start = time.perf_counter()
                 run()
-                times[kind].append((time.perf_counter() - start) / STEPS)
+                times[kind].append((time.perf_counter() - start) / (SAMPLES // batch))
         none, rule, optax = (statistics.median(kept[1:]) * 1e6 for kept in times.values())
         cells = (f"{t:.0f} µs ({100 * (t / none - 1):+.0f} %)" for t in (rule, optax))
         print(f"| {width} | {batch} | {none:.0f} µs | " + " | ".join(cells) + " |", flush=True)
