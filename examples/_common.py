@@ -29,7 +29,7 @@ COMPACTNESS = {
     ),
     "own_mean": ("own, mean", "the mean of the same distances", 3),
     "between": ("between", "Euclidean distance between training class means, mean over their pairs", 2),
-    "ratio": ("ratio", "median own-class distance / distance between class means: lower is more compact", 4),
+    "ratio": ("own / between", "the median over the distance between means: lower is more compact", 4),
     "own_distance": (
         "to center",
         "by `center_metrics`, from a test feature to the center of its class, mean",
