@@ -22,20 +22,16 @@ COMPACTNESS = {
         "test samples classified rightly by the nearest of the class means of the training features",
         2,
     ),
-    "own_median": (
-        "own, median",
-        "Euclidean distance from a test feature to the training mean of its class; half of them are nearer",
-        3,
+    "ratio": (
+        "own / between",
+        "median distance to the training mean of the class, over the mean distance between means",
+        4,
     ),
-    "own_mean": ("own, mean", "the mean of the same distances", 3),
-    "between": ("between", "Euclidean distance between training class means, mean over their pairs", 2),
-    "ratio": ("own / between", "the median over the distance between means: lower is more compact", 4),
     "own_distance": (
         "to center",
         "by `center_metrics`, from a test feature to the center of its class, mean",
         3,
     ),
-    "gap": ("gap", "by `center_metrics`, how much farther the nearest other center is, mean", 3),
     "moved": ("moved", "by `center_metrics`, how far centers moved in the last epoch, mean", 3),
 }
 
@@ -155,9 +151,6 @@ def compactness(
         **jax_centerloss.center_metrics(centers, x_test, y_test, previous=previous),
         "accuracy": 100 * np.mean(predicted == y_test),
         "nearest_mean": 100 * np.mean(nearest == y_test),
-        "own_median": np.median(own),
-        "own_mean": own.mean(),
-        "between": between,
         "ratio": np.median(own) / between,  # Of class means, which softmax alone has too.
     }
     return {name: float(metrics[name]) for name in COMPACTNESS}, means

@@ -38,7 +38,7 @@ from tqdm import tqdm
 import jax_centerloss
 
 CLASSES = 10
-ARMS = {"softmax": "softmax alone", "center": "with center loss"}
+ARMS = {"softmax": "softmax alone", "center": "center loss"}
 Data = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Epoch = Callable[..., tuple[Any, jax.Array]]
 
