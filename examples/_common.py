@@ -22,7 +22,7 @@ COMPACTNESS = {
         "test samples classified rightly by the nearest of the class means of the training features",
         2,
     ),
-    "ratio": (
+    "own_between": (
         "own / between",
         "median distance to the training mean of the class, over the mean distance between means",
         4,
@@ -151,7 +151,7 @@ def compactness(
         **jax_centerloss.center_metrics(centers, x_test, y_test, previous=previous),
         "accuracy": 100 * np.mean(predicted == y_test),
         "nearest_mean": 100 * np.mean(nearest == y_test),
-        "ratio": np.median(own) / between,  # Of class means, which softmax alone has too.
+        "own_between": np.median(own) / between,  # Of class means, which softmax alone has too.
     }
     return {name: float(metrics[name]) for name in COMPACTNESS}, means
 

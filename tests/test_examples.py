@@ -43,7 +43,7 @@ def test_learns_and_compacts(centers, tmp_path, capsys):
         assert len(losses) == 15
         assert losses[-1] < 0.5 * losses[0]
         assert arm["accuracy"] > 80
-    assert center["ratio"] < 0.75 * softmax["ratio"]
+    assert center["own_between"] < 0.75 * softmax["own_between"]
     assert center["nearest_mean"] > softmax["nearest_mean"]
     assert center["own_distance"] < softmax["own_distance"]
     assert 0 < center["moved"] < center["own_distance"]
@@ -82,7 +82,7 @@ def test_compactness_by_hand():
     expected = {
         "accuracy": 75.0,
         "nearest_mean": 75.0,
-        "ratio": (0.5 + 0.75) / 2 / (11 / 3),
+        "own_between": (0.5 + 0.75) / 2 / (11 / 3),
         "own_distance": np.mean(to_center),
         "moved": 5.0,
     }

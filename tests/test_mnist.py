@@ -57,7 +57,7 @@ def test_learns_and_compacts(folder, capsys):
         assert len(run["losses"]) == 5
         assert run["losses"][-1] < 0.7 * run["losses"][0]
         assert run["accuracy"] > 50
-    assert center["ratio"] < 0.9 * softmax["ratio"]
+    assert center["own_between"] < 0.9 * softmax["own_between"]
     assert center["own_distance"] < 0.5 * softmax["own_distance"]
     assert 0 < center["moved"] < center["own_distance"]
     assert (folder / "out" / "mnist.png").read_bytes().startswith(b"\x89PNG")
