@@ -28,8 +28,8 @@ class Nothing(nnx.Module):
         return jnp.zeros((), x.dtype)
 
 
-def prepare(centers: str, width: int, batch: int) -> Callable[[], None]:
-    """What runs a scan of steps."""
+def prepare(centers: str, width: int, batch: int, steps: int) -> Callable[[], None]:
+    """What runs `steps` steps."""
     args = argparse.Namespace(centers=centers, lr=0.1, alpha=0.5)
     model = digits.Model(2, centers, rngs=nnx.Rngs(0))
     model.hidden1, model.hidden2 = (nnx.Linear(n, width, rngs=nnx.Rngs(1)) for n in (64, width))
@@ -43,8 +43,8 @@ def prepare(centers: str, width: int, batch: int) -> Callable[[], None]:
     graphdef, state = nnx.split((model, optimizer))
     rng = np.random.default_rng(0)
     x, y = jnp.asarray(rng.random((1347, 64)), jnp.float32), jnp.asarray(rng.integers(0, 10, 1347), jnp.int32)
-    order = jnp.asarray(rng.integers(0, 1347, (SAMPLES // batch, batch)))
-    lams = jnp.full(len(order), 0.1, jnp.float32)
+    order = jnp.asarray(rng.integers(0, 1347, (steps, batch)))
+    lams = jnp.full(steps, 0.1, jnp.float32)
     program = digits.make_epoch(args).lower(graphdef, state, x, y, order, lams).compile()
     held = [state]
 
@@ -62,14 +62,15 @@ def main() -> None:
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}\n")
     print("| hidden units | batch | softmax alone | centers by rule | by optax |\n|--:|--:|--:|--:|--:|")
     for width, batch in ((128, 64), (512, 256), (1024, 512)):
-        runs = {kind: prepare(kind, width, batch) for kind in ("none", "rule", "optax")}
+        steps = SAMPLES // batch
+        runs = {kind: prepare(kind, width, batch, steps) for kind in ("none", "rule", "optax")}
         times: dict[str, list[float]] = {kind: [] for kind in runs}
         end = time.perf_counter() + args.seconds
         while time.perf_counter() < end or len(times["none"]) < 6:
             for kind, run in runs.items():
                 start = time.perf_counter()
                 run()
-                times[kind].append((time.perf_counter() - start) / (SAMPLES // batch))
+                times[kind].append((time.perf_counter() - start) / steps)
         none, rule, optax = (statistics.median(kept[1:]) * 1e6 for kept in times.values())
         cells = (f"{t:.0f} µs ({100 * (t / none - 1):+.0f} %)" for t in (rule, optax))
         print(f"| {width} | {batch} | {none:.0f} µs | " + " | ".join(cells) + " |", flush=True)
